@@ -1,0 +1,472 @@
+"""
+From a checkpoint to pictures, in one evaluation of the network or a few.
+
+    python sample.py --ckpt out/digits/ckpt.pt --nfe 1                        # a grid, one row a class
+    python sample.py --ckpt out/digits/ckpt.pt --grid 1,0.55,0 --sampler consistency --classes 3,1,4
+    python sample.py --ckpt out/digits/ckpt.pt --num 1000 --out out/many.npz  # or out/many/ for PNGs
+    python sample.py --ckpt out/digits/ckpt.pt --trajectory out/digits/trajectory.gif
+    torchrun --nproc_per_node=8 sample.py --ckpt out/digits/ckpt.pt --num 50000 --out out/many/
+
+t = 1 is noise, t = 0 is data. The network gives u(z, t, r, y), the average velocity of the jump from t
+down to r, so a step t -> s is one subtraction however long it is: z_s = z_t - (t - s)·u(z_t, t, s, y).
+The paper has two samplers: one follows such jumps, the other jumps to t = 0 each time and puts noise
+back.
+
+The noise of picture k depends on the seed and k alone, not on the batch size or the number of processes.
+"""
+import contextlib
+import math
+import os
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import data
+from data import UserError
+from model import DiT, DiTConfig
+
+FORMAT = "alphaflow-1"  # what train.py writes into its checkpoints
+
+# ------------------------------------------------------------------ grids of times
+
+
+def uniform_grid(nfe):
+    """[1.0, ..., 0.0], the times i/nfe of `nfe` equal jumps. ValueError if nfe is no integer >= 1."""
+    if nfe != int(nfe) or nfe < 1:
+        raise ValueError(f"network evaluations must be a whole number from 1 up, not {nfe}")
+    return [i / nfe for i in range(int(nfe), -1, -1)]
+
+
+def check_grid(grid):
+    """`grid` as a list of floats. ValueError unless it is two or more falling times, all in [0, 1]."""
+    try:
+        times = [float(t) for t in grid]
+    except (TypeError, ValueError):
+        times = []
+    falling = all(t > s for t, s in zip(times, times[1:]))  # NaN fails here, too
+    if len(times) < 2 or not falling or not 0 <= times[-1] < times[0] <= 1:
+        raise ValueError(f"grid {','.join(map(str, grid))} must be two or more falling times between "
+                         "1 and 0, like 1,0.5,0")
+    return times
+
+
+# ------------------------------------------------------------------ the two samplers, α-Flow §6
+
+
+def velocity(net, z, t, r, y):
+    """u(z, t, r, y) for one pair of times, in z's dtype; the network is fed in that of its weights."""
+    w = next(net.parameters(), z) if isinstance(net, torch.nn.Module) else z
+    t, r = (torch.full((len(z),), s, dtype=w.dtype, device=z.device) for s in (t, r))    # (B,), (B,)
+    return net(z.to(w.dtype), t, r, y).to(z.dtype)                                       # (B, C, H, W)
+
+
+@torch.no_grad()
+def ode(net, z, y, grid, callback=None):
+    """Follow the average velocity down the grid: z <- z - (t - s)·u(z, t, s, y). α-Flow §6.
+
+    net: any u(z, t, r, y). z: (B, C, H, W), the state at time grid[0], which is noise if that is 1;
+    float32 or float64, which is kept. y: (B,) int64. grid: falling times in [0, 1], else ValueError.
+    callback(i, t, s, z, x_hat) sees each step t -> s: the state after it, the picture it pointed at.
+    Returns x_hat of the last step, (B, C, H, W); that is the last state if the grid ends at 0.
+    """
+    grid = check_grid(grid)
+    for i, (t, s) in enumerate(zip(grid, grid[1:])):
+        u = velocity(net, z, t, s, y)
+        x_hat = z - t * u
+        z = z - (t - s) * u
+        if callback:
+            callback(i, t, s, z, x_hat)
+    return x_hat
+
+
+@torch.no_grad()
+def consistency(net, z, y, grid, noise=None, generator=None, callback=None):
+    """Jump to the picture, put noise back, repeat: x_hat = z - t·u(z, t, 0, y), z <- (1-s)·x_hat + s·e'.
+
+    α-Flow §6; arguments and result as in `ode`. noise: the fresh e' of each step, (steps, B, C, H, W) or
+    a list of (B, C, H, W); a step that ends at s = 0 needs none. Without it, e' is drawn from
+    `generator`. ValueError also if `noise` is too short or its draws are not of z's shape.
+    """
+    grid = check_grid(grid)
+    needed = sum(s > 0 for s in grid[1:])
+    if noise is not None and (len(noise) < needed or any(e.shape != z.shape for e in noise[:needed])):
+        raise ValueError(f"noise must hold {needed} draws of shape {tuple(z.shape)} for this grid")
+    for i, (t, s) in enumerate(zip(grid, grid[1:])):
+        z = x_hat = z - t * velocity(net, z, t, 0., y)
+        if s > 0:
+            e = noise[i] if noise is not None else torch.randn(
+                z.shape, generator=generator, device=generator.device if generator else z.device)
+            z = (1 - s) * x_hat + s * e.to(z)  # (1 - s): as in training, z_s = (1-s)·x + s·e
+        if callback:
+            callback(i, t, s, z, x_hat)
+    return x_hat
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def read(path):
+    """The checkpoint dict that train.py wrote to `path`, on the CPU. Nothing in the file is executed.
+
+    UserError in one line if it is missing, cut short, damaged, foreign or hostile.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give the ckpt.pt that  python train.py  writes")
+    open(path, "rb").close()  # the system says it best if we may not; the rest is the content's fault
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one line is enough
+            # Mapped, not read: whoever samples touches the EMA only, a quarter of the file.
+            ckpt = torch.load(str(path), map_location="cpu", weights_only=True,
+                              mmap=zipfile.is_zipfile(path))
+    except Exception:  # a damaged or hostile file can raise nearly anything
+        raise UserError(f"{path} cannot be read as a checkpoint: it is cut short or something else "
+                        "(nothing in it was run); expected a file that train.py wrote") from None
+    found = ckpt.get("format") if isinstance(ckpt, dict) else None
+    if not isinstance(found, str) or found != FORMAT:
+        raise UserError(f"{path} is some other torch file: expected one that train.py wrote, with "
+                        f"format {FORMAT!r}, found {found if isinstance(found, str) else 'no format'!r}")
+    return ckpt
+
+
+def load(path, weights="ema", device="cpu"):
+    """(net, decode) from a checkpoint: a frozen DiT on `device`, and what makes pictures of its samples.
+
+    weights: "ema" (the running average: what one samples from) or "raw". decode: (B, C, H, W) samples of
+    the network -> (B, C, H, W) uint8. ValueError for other `weights`; UserError as in `read`, and if the
+    stored weights are not those of the stored config.
+    """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights must be 'ema' or 'raw', not {weights!r}")
+    ckpt = read(path)  # kinds of checkpoint are told apart by content, in read() and here, nowhere else
+    try:
+        with torch.device("meta"):  # no memory and no initialisation: every tensor comes from the file
+            net = DiT(DiTConfig(**ckpt["config"]["model"]))
+        state = ckpt["ema" if weights == "ema" else "net"]
+        # copied, so that the network outlives the mapped file
+        state = {name: w.to(device, torch.float32, copy=True) for name, w in state.items()}
+        net.load_state_dict(state, assign=True)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise UserError(f"{path}: expected the {weights} weights and the config of one network, but "
+                        f"they do not fit together ({reason})") from None
+    return net.eval().requires_grad_(False), data.to_uint8
+
+
+def pick_device(name=None):
+    """The torch.device `name`, else cuda, else mps, else cpu. UserError if there is no such device here.
+
+    Under torchrun a plain "cuda" is this process's own card, LOCAL_RANK.
+    """
+    if name is None:
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.type in ("cuda", "mps", "cpu"):
+            torch.zeros(1, device=device)  # the one test that cannot be wrong
+            return device
+    except (RuntimeError, AssertionError, ValueError):
+        pass
+    raise UserError(f"device {str(name)!r} is not to be had here: give cuda, cuda:1, mps or cpu")
+
+
+# ------------------------------------------------------------------ which picture is which
+
+
+def make_labels(protocol, num, classes, seed, counts=None):
+    """The labels of pictures 0 .. num - 1, int64 (num,). Name the protocol beside every FID.
+
+    protocol: "random" (uniform; label k depends on (seed, k) alone), "balanced" (k mod classes), "data"
+    (as frequent as in `counts`, the data set's pictures per class, by largest remainder; sorted), or a
+    list like "3,1,4", repeated in turn. ValueError for anything else, or a label outside them.
+    """
+    if num < 1:
+        raise ValueError(f"the number of pictures must be 1 or more, not {num}")
+    if protocol == "random":  # the key (seed, k, 0) is no noise's key, see noise_for
+        draws = [torch.randint(classes, (1,), generator=data.generator(seed, k, 0)) for k in range(num)]
+        return torch.cat(draws)
+    if protocol == "balanced":
+        return torch.arange(num) % classes
+    if protocol == "data":
+        if counts is None or len(counts) != classes or sum(counts) < 1:
+            raise ValueError("labels 'data' need the data set's pictures per class, not known here: "
+                             "give random, balanced or a list like 3,1,4")
+        share, rest = zip(*(divmod(int(c) * num, int(sum(counts))) for c in counts))  # exact: integers
+        largest = set(sorted(range(classes), key=lambda c: -rest[c])[:num - sum(share)])
+        share = [n + (c in largest) for c, n in enumerate(share)]
+        return torch.arange(classes).repeat_interleave(torch.tensor(share))
+    try:
+        given = [int(label) for label in protocol.split(",")]
+    except ValueError:
+        raise ValueError(f"labels {protocol!r}: give random, balanced, data or like 3,1,4") from None
+    if wrong := [label for label in given if not 0 <= label < classes]:
+        raise ValueError(f"label {wrong[0]} is out of range: this network knows 0 to {classes - 1}")
+    return torch.tensor(given)[torch.arange(num) % len(given)]
+
+
+def noise_for(indices, shape, seed, step=None):
+    """The noise of the pictures `indices`, (b, C, H, W) float32 on the CPU. shape: (C, H, W).
+
+    step None: what a picture starts from. step i > 0: what the consistency sampler adds after i steps.
+    """
+    # Always drawn on the CPU: a GPU makes other numbers of the same seed.
+    key = () if step is None else (step,)
+    generators = [data.generator(seed, int(k), *key) for k in indices]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])            # (b, C, H, W)
+
+
+def one_batch(net, y, indices, grid, sampler, seed, callback=None):
+    """The samples x (b, C, H, W) of the pictures `indices` with the labels y (b,), not decoded yet."""
+    shape = (net.config.channels, net.config.size, net.config.size)
+    device = next(net.parameters()).device
+    if grid[0] != 1:
+        raise ValueError(f"the grid starts at {grid[0]:g}, but pictures start as pure noise, at 1")
+    z, y = noise_for(indices, shape, seed).to(device), y.to(device)                      # (b, C, H, W)
+    if sampler == "ode":
+        return ode(net, z, y, grid, callback)
+    if sampler == "consistency":
+        steps = [i for i in range(1, len(grid)) if grid[i] > 0]
+        noise = [noise_for(indices, shape, seed, i).to(device) for i in steps]
+        return consistency(net, z, y, grid, noise=noise, callback=callback)
+    raise ValueError(f"unknown sampler {sampler!r}: give ode or consistency")
+
+
+def generate(net, decode, labels, grid, sampler="ode", seed=0, batch=256, indices=None, progress=None):
+    """Yield the pictures `indices`, in that order, as uint8 (b, C, H, W) on the CPU, b <= batch.
+
+    net, decode: from `load`. labels: (N,), of all N pictures. indices: which of them, all by default;
+    process `rank` of `world` asks for range(rank, N, world). progress: called with b after each batch.
+    ValueError for an unknown sampler, a bad grid, one that does not start at 1, or a batch below 1.
+    """
+    if batch < 1:
+        raise ValueError(f"the batch must be 1 or more, not {batch}")
+    grid, indices = check_grid(grid), range(len(labels)) if indices is None else indices
+    for start in range(0, len(indices), batch):
+        k = list(indices[start:start + batch])
+        pictures = decode(one_batch(net, labels[k], k, grid, sampler, seed)).cpu()       # (b, C, H, W)
+        if progress:
+            progress(len(k))
+        yield pictures
+
+
+# ------------------------------------------------------------------ to be looked at
+
+
+def as_image(picture):
+    """One uint8 (C, H, W) tensor as a PIL image, grey or RGB. ValueError if C is neither 1 nor 3."""
+    if len(picture) not in (1, 3):
+        raise ValueError(f"these pictures have {len(picture)} channels, PNG and GIF take 1 or 3: "
+                         "write FILE.npz instead")
+    return Image.fromarray((picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)).numpy())
+
+
+def contact_sheet(pictures, columns, scale=None, captions=None):
+    """All pictures, uint8 (N, C, H, W), as one PIL image in rows of `columns`.
+
+    scale: a pixel becomes scale x scale pixels, never blurred; by default a cell gets about 56 pixels.
+    captions: one short text a row, written down the left side. ValueError if C is neither 1 nor 3.
+    """
+    if len(pictures) < 1 or columns < 1:
+        raise ValueError(f"a sheet needs pictures and columns, got {len(pictures)} and {columns}")
+    _, C, H, W = pictures.shape
+    scale, gap = scale or max(1, round(56 / max(H, W))), 2
+    # Pillow's own font may know no more than ASCII. Width goes by letters, so frames of a GIF are equal.
+    texts = [str(text)[:24].encode("ascii", "replace").decode() for text in captions or []]
+    left = gap + (7 * max(map(len, texts)) + 4 if texts else 0)
+    wide, high, rows = W * scale + gap, H * scale + gap, math.ceil(len(pictures) / columns)
+    sheet = Image.new("L" if C == 1 else "RGB", (left + columns * wide, gap + rows * high), "white")
+    for k, picture in enumerate(pictures):
+        cell = as_image(picture).resize((W * scale, H * scale), Image.Resampling.NEAREST)
+        sheet.paste(cell, (left + k % columns * wide, gap + k // columns * high))
+    for row, text in enumerate(texts[:rows]):
+        at = (4, gap + row * high + (high - 14) // 2)
+        ImageDraw.Draw(sheet).text(at, text, fill="black", font=ImageFont.load_default())
+    return sheet
+
+
+def labelled_grid(pictures, labels, names):
+    """A contact sheet sorted by class: a class a row if all have equally many, else captioned a - b."""
+    order = labels.argsort(stable=True)
+    pictures, labels = pictures[order], labels[order]
+    counts = labels.unique(return_counts=True)[1]
+    equal = 2 <= counts.min() == counts.max() <= 32
+    columns = int(counts[0]) if equal else math.ceil(len(labels) ** 0.5)
+    ends = [(names[row[0]], names[row[-1]]) for row in labels.split(columns)]
+    return contact_sheet(pictures, columns, captions=[a if a == b else f"{a} - {b}" for a, b in ends])
+
+
+def trajectory(net, decode, labels, sampler, seed, path, steps=16):
+    """Write to `path` a GIF of how noise becomes the pictures 0 .. len(labels) - 1, in `steps` steps.
+
+    Above: the state z at time t. Below: the picture that the network points at from there.
+    """
+    grid, indices = uniform_grid(steps), range(len(labels))
+    states = [noise_for(indices, (net.config.channels, net.config.size, net.config.size), seed)]
+    guesses = []
+
+    def callback(i, t, s, z, x_hat):
+        states.append(z)        # at s
+        guesses.append(x_hat)   # made at t, from the state before
+
+    guesses.append(one_batch(net, labels, indices, grid, sampler, seed, callback))
+    frames = []
+    for t, z, x_hat in zip(grid, states, guesses):
+        rows = torch.cat([decode(z.to(x_hat)), decode(x_hat)]).cpu()                     # (2B, C, H, W)
+        frames.append(contact_sheet(rows, len(labels), captions=[f"z, t = {t:.2f}", "leads to"]))
+    with replacing(path) as file:
+        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[150] * steps + [2000])
+
+
+# ------------------------------------------------------------------ files appear when they are whole
+
+
+@contextlib.contextmanager
+def replacing(path, sync=True):
+    """A file to write; it gets the name `path` when the block ends well. Until then an old one stays."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            if sync:  # or a power cut may keep the new name and lose the bytes
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_npz(path, batches, labels, shape):
+    """ADM's sample file, streamed: arr_0 uint8 (N, H, W, C), arr_1 the labels (N,). shape: (C, H, W)."""
+    C, H, W = shape
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), H, W, C)}
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for pictures in batches:
+                member.write(pictures.permute(0, 2, 3, 1).numpy().tobytes())             # (b, H, W, C)
+        with archive.open("arr_1.npy", "w") as member:
+            np.lib.format.write_array(member, labels.numpy())
+
+
+# ------------------------------------------------------------------ command line
+
+
+def parse():
+    parser = data.Parser(description="Draw pictures from a checkpoint.")
+    group = parser.add_argument_group("what")
+    group.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="what train.py wrote")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--ema", dest="weights", action="store_const", const="ema", default="ema",
+                       help="the averaged weights")
+    which.add_argument("--raw", dest="weights", action="store_const", const="raw", default="ema",
+                       help="the weights as the optimizer left them, instead")
+    group.add_argument("--classes", default="balanced", metavar="WHICH", help="balanced, random, data "
+                       "(as frequent as in the training data), or labels like 0,1,2, repeated in turn")
+    group.add_argument("--num", type=int, metavar="N",
+                       help="pictures (default: 10 a class, 100 at most)")
+    group.add_argument("--seed", type=int, default=0, help="picture k depends on the seed and k alone")
+
+    group = parser.add_argument_group("how")
+    times = group.add_mutually_exclusive_group()
+    times.add_argument("--nfe", type=int, default=1, metavar="N",
+                       help="network evaluations, as N equal jumps")
+    times.add_argument("--grid", metavar="TIMES", help="the times of the jumps instead, like 1,0.55,0")
+    group.add_argument("--sampler", default="ode", choices=["ode", "consistency"],
+                       help="follow the jumps, or jump to the picture each time and put noise back")
+    group.add_argument("--batch", type=int, default=256, metavar="N", help="pictures at a time")
+    group.add_argument("--device", metavar="NAME", help="default: cuda, else mps, else cpu")
+
+    group = parser.add_argument_group("where to")
+    group.add_argument("--out", help="FILE.png: a labelled grid; FILE.npz: arr_0 as ADM's tools want it "
+                       "and labels arr_1; FOLDER/: a PNG each (default: a grid beside the checkpoint)")
+    group.add_argument("--trajectory", type=Path, metavar="FILE.gif",
+                       help="also animate how noise becomes the first ten pictures, in 16 steps")
+    return parser.parse_args()
+
+
+def place(out, trajectory, world):
+    """(path, kind) of the output, kind "png", "npz" or "folder"; UserError if it cannot be written."""
+    path = Path(out)
+    kind = "folder" if out.endswith("/") or path.is_dir() or not path.suffix else path.suffix.lower()[1:]
+    if kind not in ("png", "npz", "folder"):
+        raise UserError(f"--out {out}: give FILE.png for a grid, FILE.npz, or FOLDER/ with its slash")
+    if kind != "folder" and world > 1:
+        raise UserError(f"--out {out}: several processes write a folder of PNGs, give --out FOLDER/")
+    if kind == "folder" and path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--out {out} is not empty, old pictures would mix with new ones: give another")
+    if trajectory and (trajectory.suffix.lower() != ".gif" or trajectory.is_dir()):
+        raise UserError(f"--trajectory {trajectory}: give FILE.gif")
+    targets = [path if kind == "folder" else path.parent] + ([trajectory.parent] if trajectory else [])
+    for folder in targets:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # better to fail now than after an hour
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
+    return path, kind
+
+
+def main():
+    args = parse()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    grid = uniform_grid(args.nfe) if args.grid is None else check_grid(args.grid.split(","))
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch}: give 1 or more")
+    device = pick_device(args.device)
+    ckpt = read(args.ckpt)
+    net, decode = load(args.ckpt, args.weights, device)
+    cfg, about = net.config, ckpt.get("data") or {}
+    listed = args.classes.count(",") + 1 if args.classes[:1].isdigit() else cfg.classes
+    num = min(100, 10 * listed) if args.num is None else args.num
+    labels = make_labels(args.classes, num, cfg.classes, args.seed, about.get("label_counts"))
+    shape = decode(torch.zeros(1, cfg.channels, cfg.size, cfg.size, device=device)).shape[1:]
+    out = args.out or args.ckpt.parent / f"grid_{args.sampler}_nfe{len(grid) - 1}_{args.weights}.png"
+    path, kind = place(str(out), args.trajectory, world)
+    if kind != "npz" or args.trajectory:
+        as_image(torch.zeros(shape, dtype=torch.uint8))  # says so now if this is no picture
+    if kind == "png" and num > 4096:
+        raise UserError(f"--num {num}: a grid shows 4096 at most, give --out FOLDER/ or --out FILE.npz")
+    if world > 1:  # nobody may write before everybody has seen an empty folder
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+
+    mine = range(rank, num, world)
+    with tqdm(total=len(mine), unit="img", disable=True if rank else None) as bar:
+        batches = generate(net, decode, labels, grid, args.sampler, args.seed, args.batch, mine,
+                           progress=bar.update)
+        if kind == "npz":
+            write_npz(path, batches, labels, shape)
+        elif kind == "folder":
+            for k, picture in zip(mine, (picture for pictures in batches for picture in pictures)):
+                with replacing(path / f"{k:06d}.png", sync=False) as file:
+                    as_image(picture).save(file, format="PNG")
+        else:
+            names = about.get("names") or range(cfg.classes)
+            sheet = labelled_grid(torch.cat(list(batches)), labels, names)
+            with replacing(path) as file:
+                sheet.save(file, format="PNG")
+    if args.trajectory and rank == 0:
+        trajectory(net, decode, labels[:10], args.sampler, args.seed, args.trajectory)
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        print(f"wrote {path}{f' and {args.trajectory}' if args.trajectory else ''}: {num} pictures, "
+              f"{args.weights} weights of step {ckpt.get('step')}, {len(grid) - 1} NFE, {args.sampler}, "
+              f"grid {','.join(f'{t:g}' for t in grid)}, labels {args.classes}, seed {args.seed}")
+
+
+if __name__ == "__main__":
+    data.run(main)

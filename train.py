@@ -1,0 +1,606 @@
+"""Train a DiT with the α-Flow objective, on one CPU or on many GPUs. The loop itself is in train(), one flat page.
+
+    python train.py                                            # digits, on a laptop, in minutes
+    python train.py --data mnist --model Ti/4                  # after: python data.py mnist
+    python train.py --data data/NAME --model B/4               # after: python data.py folder --src ... --out data/NAME
+    torchrun --nproc_per_node=8 train.py --model XL/2          # ImageNet latents, the paper's recipe
+
+The objective is chosen by two flags:
+
+    --alpha-schedule sigmoid     α-Flow            --alpha 0.5        Shortcut
+    --alpha 0                    MeanFlow          --alpha 1          trajectory flow matching
+                                                   --fm-ratio 1       plain flow matching
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import sample
+from loss import alpha_at, alpha_flow_loss, du_dt, sample_times
+from model import DiT, DiTConfig, build
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+# Every setting of a run: its flag, the paper's value for ImageNet-256 (α-Flow §5 and appendix), and what it means.
+
+SETTINGS = {
+    "data": {
+        "data": ("imagenet256", "digits, mnist, cifar10, imagenet256 or a prepared folder"),
+        "flip": (False, "mirror half of the pictures"),
+        "seed": (0, "of weights, batches and noise"),
+    },
+    "objective": {
+        "alpha_schedule": ("sigmoid", "constant, step, linear, log, exponential, sigmoid or cosine"),
+        "alpha_window": ((0.0, 1.0), "where α moves, as fractions A,B of the run"),
+        "alpha_start": (1.0, "α before the window"),
+        "alpha_end": (0.0, "α after the window"),
+        "alpha_gamma": (25.0, "steepness γ of sigmoid and exponential"),
+        "alpha_clamp": (0.005, "η: α < η snaps to 0, α > 1-η to 1"),
+        "fm_ratio": (0.5, "share of the batch with r = t, which is plain flow matching"),
+        "time_mean": (-0.4, "mean of the logit-normal times"),
+        "time_std": (1.0, "standard deviation of the logit-normal times"),
+        "omega": (1.0, "ω of the guidance trained in; its effective scale is ω/(1-κ)"),
+        "kappa": (0.0, "κ of the guidance trained in"),
+        "t_min": (0.0, "guidance and label dropping act for t_min < t < t_max"),
+        "t_max": (1.0, "see t_min"),
+        "label_drop": (0.0, "probability of the null label inside that interval"),
+        "clip": (4.0, "bound of the discrete target (0 < α <= 1)"),
+        "c": (1e-3, "constant of the adaptive weight 1/(err + c)"),
+        "shrink_c": (False, "use c·α² for r < t at α > 0, which keeps late gradients alive"),
+    },
+    "optimisation": {
+        "steps": (400_000, "length of the run, in optimizer steps"),
+        "batch": (256, "pictures a step, over all processes and micro-batches"),
+        "lr": (1e-4, "Adam's learning rate after the warm-up"),
+        "lr_decay": ("constant", "what follows the warm-up: constant or cosine (to 0)"),
+        "warmup": (10_000, "steps of linear learning-rate warm-up"),
+        "beta1": (0.9, "Adam's β₁"),
+        "beta2": (0.95, "Adam's β₂"),
+        "grad_clip": (16.0, "largest gradient norm"),
+        "ema_half_life": (6931.0, "of the averaged weights, in steps (6931 is a decay of 0.9999)"),
+        "ema_ramp": (0.05, "the half-life at step k is at most this times k"),
+    },
+}
+PAPER = {name: default for group in SETTINGS.values() for name, (default, _) in group.items()}
+
+GUIDED = dict(steps=1_200_000, label_drop=0.1)
+XL_GUIDED = dict(GUIDED, omega=0.2, kappa=0.92, t_max=0.75)
+MEANFLOW = dict(alpha_schedule="constant", alpha_start=0.0)
+SMALL = dict(steps=2000, batch=128, lr=1e-3, lr_decay="cosine", warmup=100)
+
+RECIPES = {                 # --model: what differs from the paper's common settings; a flag wins over both
+    # small networks, in pixels
+    "Ti/2": dict(SMALL, data="digits"),
+    "Ti/4": dict(SMALL, data="mnist"),
+    "Mi/2": dict(data="cifar10", flip=True, steps=100_000, lr=4e-4, warmup=1000),
+    # the paper's networks, in SD-VAE latents; -cfg: with guidance trained in
+    "B/4": dict(),
+    "B/2": dict(),
+    "B/2-cfg": dict(GUIDED, kappa=0.5, fm_ratio=0.25),
+    "L/2": dict(XL_GUIDED, t_max=0.8, alpha_window=(0.5, 5 / 6)),
+    "XL/2": dict(XL_GUIDED, alpha_window=(0.5, 5 / 6)),
+    "XL/2+": dict(XL_GUIDED, **MEANFLOW) | dict(steps=75_000, batch=1024),      # with --init-from the XL/2 run
+    "meanflow-B/2": dict(MEANFLOW, fm_ratio=0.75),
+    "meanflow-B/2-cfg": dict(GUIDED, **MEANFLOW, kappa=0.5),
+    "meanflow-XL/2-cfg": dict(XL_GUIDED, **MEANFLOW),
+    "fm-B/2": dict(fm_ratio=1.0),
+}
+
+
+def network_name(model):
+    """The network of a recipe: "B/2" for "meanflow-B/2-cfg"."""
+    return model.removeprefix("meanflow-").removeprefix("fm-").removesuffix("-cfg").removesuffix("+")
+
+
+def parse_flags(argv=None):
+    """The command line. Settings default to None here, which means: as the recipe, or the resumed run, has it."""
+    p = data.Parser(prog="train.py", description="Train a DiT with the α-Flow objective.")
+    p.add_argument("--model", help=f"recipe, which sets all else (default Ti/2): {', '.join(RECIPES)}; or SIZE/PATCH")
+    p.add_argument("--alpha", type=float, help="a constant α, short for --alpha-schedule constant --alpha-start α")
+    for title, settings in SETTINGS.items():
+        group = p.add_argument_group(f"{title} (in brackets the paper's value; recipes differ)")
+        for name, (default, text) in settings.items():
+            kind = dict(type={tuple: pair}.get(type(default), type(default)))
+            if isinstance(default, bool):
+                kind = dict(action=argparse.BooleanOptionalAction)
+            group.add_argument("--" + name.replace("_", "-"), default=None, help=f"{text} [{default}]", **kind)
+    g = p.add_argument_group("run")
+    g.add_argument("--out", help="folder of the run (default out/DATA)")
+    g.add_argument("--resume", nargs="?", const="yes", metavar="auto|CKPT",
+                   help="continue the run in --out, or that file; auto: start anew if there is none")
+    g.add_argument("--init-from", metavar="CKPT", help="start from another checkpoint's EMA weights")
+    g.add_argument("--overwrite", action="store_true", help="replace the run that is already in --out")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
+    g.add_argument("--accumulate", type=int, default=1, help="micro-batches a step, to save memory [1]")
+    g.add_argument("--precision", choices=("bf16", "fp32"), help="autocast (default bf16 on CUDA, else fp32)")
+    g.add_argument("--jvp-precision", choices=("bf16", "fp32"), help="of du/dt (default: as --precision)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    g = p.add_argument_group("reports")
+    g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl [10]")
+    g.add_argument("--preview-every", type=int, help="steps between previews (default: a tenth of the run)")
+    g.add_argument("--save-every", type=int, help="steps between checkpoints (default: as previews, at most 5000)")
+    g.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too, if it is installed")
+    return p.parse_args(argv)
+
+
+def pair(text):
+    first, second = text.split(",")
+    return float(first), float(second)
+
+
+def resolve(args, saved=None):
+    """The run's recipe, a flat dict: a resumed run's own or the model's, then the given flags on top.
+
+    Raises ValueError, in one line, for whatever would otherwise fail after minutes.
+    """
+    model = args.model or (saved["model"] if saved else "Ti/2")
+    if saved and model != saved["model"]:
+        raise ValueError(f"--resume continues a {saved['model']}, not a {model}; --init-from starts a new run from it")
+    recipe = dict(saved or {"model": model, **PAPER, **RECIPES.get(model, {})})
+    recipe.update({k: v for k, v in vars(args).items() if k in PAPER and v is not None})
+    if args.alpha is not None:
+        if args.alpha_schedule not in (None, "constant"):
+            raise ValueError(f"--alpha is a constant, which --alpha-schedule {args.alpha_schedule} contradicts")
+        recipe.update(alpha_schedule="constant", alpha_start=args.alpha)
+        if args.alpha_clamp is None:
+            recipe["alpha_clamp"] = 0.0                 # --alpha 0.002 means 0.002
+    if args.alpha_schedule == "step" and args.alpha_window is None:
+        recipe["alpha_window"] = (0.5, 0.5)             # in the whole-run window the step would be at step 0
+
+    for name in ("steps", "batch", "lr", "beta1", "beta2", "grad_clip", "ema_half_life", "clip", "c"):
+        if not recipe[name] > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {recipe[name]}")
+    for name in ("warmup", "ema_ramp", "seed"):
+        if recipe[name] < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {recipe[name]}")
+    for name in ("beta1", "beta2", "label_drop"):
+        if not 0 <= recipe[name] < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {recipe[name]}")
+    if recipe["lr_decay"] not in ("constant", "cosine"):
+        raise ValueError(f"--lr-decay is constant or cosine, got {recipe['lr_decay']!r}")
+    if not recipe["t_min"] < recipe["t_max"]:
+        raise ValueError(f"guidance needs --t-min < --t-max, got {recipe['t_min']} and {recipe['t_max']}")
+    for name in ("accumulate", "log_every", "preview_every", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    alpha_of(recipe, 0)                                                             # both check what they are given
+    sample_times(1, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"])
+    return recipe
+
+
+# ---- the quantities that depend on the step alone --------------------------------------------------------------------
+
+def alpha_of(recipe, step):
+    return alpha_at(step, recipe["steps"], recipe["alpha_schedule"], recipe["alpha_window"], recipe["alpha_start"],
+                    recipe["alpha_end"], recipe["alpha_gamma"], recipe["alpha_clamp"])
+
+
+def lr_at(recipe, step):
+    """Linear warm-up, then constant, or half a cosine down to 0 at the end of the run."""
+    lr = recipe["lr"] * min(1, (step + 1) / max(1, recipe["warmup"]))
+    if recipe["lr_decay"] == "cosine":
+        lr *= (1 + math.cos(math.pi * step / recipe["steps"])) / 2
+    return lr
+
+
+def ema_decay(recipe, step):
+    """Decay of the averaged weights: half-life min(ema_half_life, ema_ramp·step), so that they forget the start."""
+    half_life = min(recipe["ema_half_life"], recipe["ema_ramp"] * step)
+    return 0.5 ** (1 / half_life) if half_life > 0 else 0.0
+
+
+def update_ema(ema, net, decay):
+    with torch.no_grad():
+        for average, weight in zip(ema.parameters(), net.parameters()):
+            average.lerp_(weight, 1 - decay)
+
+
+def draw(recipe, step, shape, device):
+    """Everything random in a step, for the whole global batch: a function of (seed, step) alone.
+
+    Each process draws it all and keeps its own rows, so the numbers do not depend on how many processes there are.
+    Times and coins stay on the CPU (see loss.py), the noise is made on the device.
+    """
+    host = data.generator(recipe["seed"], step)
+    t, r = sample_times(recipe["batch"], recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"], host)
+    e = torch.randn(recipe["batch"], *shape, generator=data.generator(recipe["seed"], step, 1, device=device),
+                    device=device)
+    return {"t": t, "r": r, "drop": torch.rand(recipe["batch"], generator=host), "e": e}
+
+
+# ---- processes, checkpoints ------------------------------------------------------------------------------------------
+
+def start_processes(device_name):
+    """(rank, world, device): from torchrun's environment, or a single process without it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = sample.pick_device(device_name)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+def any_process(run, *flags):
+    """Which of the flags is set on at least one process. All must stop at the same step, or the others wait forever."""
+    if run.world == 1:
+        return flags
+    flags = torch.tensor(flags, dtype=torch.float32, device=run.device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return flags.bool().tolist()
+
+
+def mean_over_processes(run, stats):
+    """The statistics as floats, averaged over the processes (their batches are equally large)."""
+    values = torch.stack(list(stats.values())).float()
+    if run.world > 1:
+        dist.all_reduce(values)
+        values /= run.world
+    return dict(zip(stats, values.tolist()))
+
+
+def open_run(args):
+    """(folder, checkpoint or None): where the run lives, and what it continues from."""
+    name = args.data or RECIPES.get(args.model or "Ti/2", PAPER).get("data", PAPER["data"])
+    path = Path(args.out or f"out/{Path(name).name}") / "ckpt.pt"
+    if args.resume not in (None, "yes", "auto"):
+        path = Path(args.resume)
+    out = Path(args.out or path.parent)
+    if args.resume and (args.resume != "auto" or path.exists()):
+        return out, sample.read(path)
+    if path.exists() and not args.overwrite:
+        raise ValueError(f"{out} already holds a run: --resume continues it, --overwrite replaces it, or give --out DIR")
+    return out, None
+
+
+def save(path, state):
+    """Write to a temporary file beside it, flush, rename: whenever we are killed, `path` is a whole checkpoint."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def init_from(net, path, say):
+    """Copy the EMA weights of another checkpoint wherever name and shape agree, and say what did not."""
+    theirs, ours = sample.read(path)["ema"], net.state_dict()
+    matched = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
+    if not matched:
+        raise ValueError(f"--init-from {path}: not one tensor fits this network")
+    net.load_state_dict(matched, strict=False)
+    say(f"init-from {path}: {len(matched)} of {len(ours)} tensors; new here: {sorted(ours.keys() - matched) or 'none'}; "
+        f"left over there: {sorted(theirs.keys() - matched) or 'none'}")
+
+
+def compiled(net, z, autocast, say):
+    """torch.compile of the network and of du/dt, or the eager ones if that fails or gives other numbers."""
+    t = torch.linspace(0.3, 1, len(z), device=z.device)
+    point = (z, t, t / 2, torch.zeros(len(z), dtype=torch.long, device=z.device))
+    weights = [p.detach().clone() for p in net.parameters()]
+    try:
+        fast, fast_du_dt = torch.compile(net), torch.compile(du_dt)
+        with torch.no_grad(), autocast():
+            for p in net.parameters():                  # a fresh DiT is u = 0, on which all programs agree
+                p.add_(0.02 * torch.randn_like(p))
+            z, t, r, y = point
+            for slow, quick in ((net(*point), fast(*point)),
+                                (du_dt(net, z, t, r, z, y), fast_du_dt(net, z, t, r, z, y))):
+                gap = ((slow - quick).norm() / slow.norm()).item()
+                if not gap < 0.02:
+                    raise ArithmeticError(f"compiled and eager results differ by {gap:.1e}")
+        say("compile: on")
+        return fast, fast_du_dt
+    except Exception as error:                          # whatever the compiler throws, training must go on without it
+        say(f"compile: off, because {type(error).__name__}: {str(error).splitlines()[0][:150]}")
+        return net, du_dt
+    finally:
+        with torch.no_grad():
+            for p, w in zip(net.parameters(), weights):
+                p.copy_(w)
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------------
+
+def open_log(run):
+    """A function that writes one line of out/log.jsonl (and of TensorBoard, if asked for).
+
+    A resumed run first drops the lines of steps that it is about to do again.
+    """
+    path, board = run.out / "log.jsonl", None
+    if run.args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("--tensorboard needs the package: pip install tensorboard") from None
+        board = SummaryWriter(run.out)
+    old = path.read_text().splitlines() if run.start and path.exists() else []
+    path.write_text("".join(line + "\n" for line in old if json.loads(line)["step"] < run.start))
+    file = open(path, "a", buffering=1)
+
+    def write(line):
+        file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+        for name, value in line.items() if board else ():
+            board.add_scalar(name, value, line["step"])
+    return write
+
+
+def memory_mb(device):
+    """Peak memory of this process: the GPU's where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss                       # kB, but bytes on macOS
+    return peak / 2**(20 if sys.platform == "darwin" else 10)
+
+
+def preview(path, net, ema, dataset, device, columns=20):
+    """The same noise through the raw and the averaged weights in one and two evaluations: four rows of pictures."""
+    columns = max(10, min(columns, 1280 // max(48, dataset.shape[-1])))
+    labels = (torch.arange(columns) % dataset.classes).to(device)
+    noise = sample.noise_for(range(columns), dataset.shape, seed=0).to(device)
+    rows = [data.to_uint8(sample.ode(model, noise, labels, sample.uniform_grid(nfe))).cpu()
+            for model in (net, ema) for nfe in (1, 2)]
+    names = ["raw, 1 NFE", "raw, 2 NFE", "EMA, 1 NFE", "EMA, 2 NFE"]
+    sample.contact_sheet(torch.cat(rows), columns, captions=names).save(path)
+
+
+def curve(log, path, panels=("loss_fm", "loss_jump", "err", "tangent", "grad_norm", "alpha"), width=900, height=110):
+    """A picture of the log: one panel a quantity, step from left to right, grey each line, black their running mean."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    image = Image.new("RGB", (width, height * len(panels)), "white")
+    pen = ImageDraw.Draw(image)
+    for i, name in enumerate(panels):
+        values = [row[name] for row in rows]
+        smooth, mean = [], values[0]
+        for value in values:
+            mean += 0.1 * (value - mean)
+            smooth.append(mean)
+        top = sorted(values)[int(0.99 * (len(values) - 1))] or 1.0                  # a rare spike must not flatten it
+        y0 = (i + 1) * height - 8
+        for series, colour in ((values, "#bbbbbb"), (smooth, "black")):
+            points = [(70 + (width - 80) * row["step"] / max(1, rows[-1]["step"]),
+                       y0 - (height - 28) * max(0.0, min(v / top, 1.15))) for row, v in zip(rows, series)]
+            pen.line(points, fill=colour, width=1)
+        pen.line([(70, y0), (width - 10, y0)], fill="#dddddd")
+        pen.text((4, i * height + 4), f"{name}   {values[-1]:.3g} at step {rows[-1]['step']}", fill="black")
+        pen.text((4, i * height + 20), f"{top:.3g}", fill="#888888")
+    image.save(path)
+
+
+def post_mortem(run, step, alpha, norm, tangent, micro_batches, noise, objective):
+    """After a non-finite loss or gradient: save what is needed to see why, and say in one line which row did it."""
+    save(run.out / f"nonfinite_rank{run.rank}.pt",
+         {"step": step, "alpha": alpha, "net": run.net.state_dict(), "batches": micro_batches, **noise})
+    x, y = (torch.cat(part) for part in zip(*micro_batches))
+    where = "all rows finite by themselves"
+    for i in range(len(x)):                                     # no row depends on another: try them one by one
+        row = {k: v[i:i + 1] for k, v in noise.items()}
+        with torch.no_grad():
+            loss, _ = alpha_flow_loss(run.net, x[i:i + 1].to(run.device), y[i:i + 1], alpha, **row, **objective)
+        if not torch.isfinite(loss):
+            where = f"t {noise['t'][i].item():.4f}, r {noise['r'][i].item():.4f} in row {i}"
+            break
+    return (f"non-finite loss or gradient at step {step}: alpha {alpha:g}, {where}, gradient norm {norm:g}, tangent "
+            f"norm {tangent:g}. {run.out}/nonfinite_rank*.pt holds weights and batch; the last good checkpoint stays")
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Run:
+    """What a run consists of. train() changes net, ema and optimizer, and nothing else."""
+    args: argparse.Namespace
+    recipe: dict
+    dataset: data.Dataset
+    net: DiT
+    ema: DiT
+    optimizer: torch.optim.Optimizer
+    start: int                                                  # steps already done
+    out: Path
+    rank: int
+    world: int
+    device: torch.device
+
+    def checkpoint(self, finished):
+        return {"format": "alphaflow-1", "net": self.net.state_dict(), "ema": self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "step": finished, "data": self.dataset.describe(),
+                "config": {"model": dataclasses.asdict(self.net.config), "recipe": self.recipe}}
+
+
+def assemble(args, rank, world, device):
+    """A Run: fresh, from another checkpoint's weights, or as the interrupted one left it. ValueError if it cannot be."""
+    out, ckpt = open_run(args)
+    recipe = resolve(args, ckpt and ckpt["config"]["recipe"])
+    if recipe["batch"] % (world * args.accumulate):
+        raise ValueError(f"--batch {recipe['batch']} is not divisible by {world} processes x {args.accumulate} "
+                         "micro-batches")
+    dataset = data.load(recipe["data"], seed=recipe["seed"], flip=recipe["flip"])
+    C, size, _ = dataset.shape
+    torch.manual_seed(recipe["seed"])                           # the same first weights on all processes
+    if ckpt:
+        net = DiT(DiTConfig(**ckpt["config"]["model"]))
+    else:
+        net = build(network_name(recipe["model"]), size, C, dataset.classes)
+    if (net.config.channels, net.config.size, net.config.classes) != (C, size, dataset.classes):
+        raise ValueError(f"{recipe['data']} has {C}x{size}x{size} pictures in {dataset.classes} classes, unlike the "
+                         "data of the run that is to be resumed")
+    if args.init_from and not ckpt:
+        init_from(net, args.init_from, print if rank == 0 else lambda *_: None)
+    net.to(device)
+    ema = DiT(net.config).to(device).requires_grad_(False)
+    ema.load_state_dict(ckpt["ema"] if ckpt else net.state_dict())
+    optimizer = torch.optim.Adam(net.parameters(), lr=recipe["lr"], betas=(recipe["beta1"], recipe["beta2"]),
+                                 fused=device.type in ("cpu", "cuda"))
+    if ckpt:
+        net.load_state_dict(ckpt["net"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+    return Run(args, recipe, dataset, net, ema, optimizer, ckpt["step"] if ckpt else 0, out, rank, world, device)
+
+
+def precision(run, say):
+    """(network, du/dt, autocast): compiled or eager, and the context in which products are rounded to bf16 or not.
+
+    Only matrix products are rounded: weights, targets, residual stream, norms, times and the loss stay in float32.
+    """
+    torch.set_float32_matmul_precision("high")                  # TF32 where the device has it
+    cuda = run.device.type == "cuda"
+    kind = run.args.precision or ("bf16" if cuda else "fp32")
+
+    def autocast(kind=kind):
+        return torch.autocast(run.device.type, torch.bfloat16, enabled=kind == "bf16")
+
+    fast, fast_du_dt = run.net, du_dt
+    if cuda if run.args.compile is None else run.args.compile:
+        fast, fast_du_dt = compiled(run.net, torch.randn(8, *run.dataset.shape, device=run.device), autocast, say)
+
+    def derivative(*point):
+        with autocast(run.args.jvp_precision or kind):
+            return fast_du_dt(*point)
+
+    say(f"{run.device}, {run.world} process{'es' * (run.world > 1)}, {kind} products "
+        f"({'as asked' if run.args.precision else 'the default on ' + run.device.type})")
+    return fast, derivative, autocast
+
+
+def catch_signals():
+    """A function that tells whether SIGTERM or Ctrl-C has come. The second Ctrl-C interrupts at once, as ever."""
+    caught = []
+
+    def handle(number, frame):
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return lambda: bool(caught)
+
+
+def own_rows(run, m):
+    """The rows of the global batch that belong to micro-batch m of this process: every (world·accumulate)-th.
+
+    Taken with a stride and not in blocks, because the first rows are the cheap ones with r = t.
+    """
+    return slice(run.rank + run.world * m, None, run.world * run.args.accumulate)
+
+
+def micro_batches(run):
+    """All that is still to be seen, in order; labels stay on the CPU (see loss.py)."""
+    for step in range(run.start, run.recipe["steps"]):
+        for m in range(run.args.accumulate):
+            rows = own_rows(run, m)
+            x, y = run.dataset.batch(step, rows.start, rows.step, run.recipe["batch"])
+            yield x.pin_memory() if run.device.type == "cuda" else x, y
+
+
+def backward(run, predict, batches, alpha, noise, objective, autocast):
+    """Add up the gradients of one step over its micro-batches. Returns the mean statistics."""
+    total = {}
+    for m, (x, y) in enumerate(batches):
+        mine = {k: v[own_rows(run, m)] for k, v in noise.items()}
+        last = m == len(batches) - 1 or run.world == 1
+        with contextlib.nullcontext() if last else predict.no_sync():               # DDP averages once a step
+            with autocast():
+                loss, stats = alpha_flow_loss(predict, x.to(run.device, non_blocking=True), y, alpha,
+                                              **mine, **objective)
+            (loss / len(batches)).backward()
+        for name, value in {"loss": loss.detach(), **stats}.items():
+            total[name] = total.get(name, 0) + value / len(batches)
+    return total
+
+
+def train(run):
+    """The loop. Step k is a function of the state after step k-1 and of (seed, k), so to resume is to go on."""
+    recipe, net, ema, optimizer, device, out = run.recipe, run.net, run.ema, run.optimizer, run.device, run.out
+    steps, first, args = recipe["steps"], run.rank == 0, run.args
+    preview_every = args.preview_every or max(1, steps // 10)
+    save_every = args.save_every or min(preview_every, 5000)
+    fast, derivative, autocast = precision(run, print if first else lambda *_: None)
+    # The prediction goes through DDP, whose backward averages gradients; targets need none and use the bare network.
+    predict = fast if run.world == 1 else DistributedDataParallel(fast, [device] if device.type == "cuda" else None)
+    objective = {k: recipe[k] for k in ("omega", "kappa", "t_min", "t_max", "label_drop", "clip", "c", "shrink_c")}
+    objective.update(null=net.config.classes, target_net=fast, derivative=derivative)
+
+    write = open_log(run) if first else None
+    loader, stop_asked, tangent = data.prefetch(micro_batches(run)), catch_signals(), 0.0
+    clock, waited, logged = time.perf_counter(), 0.0, run.start - 1
+    for step in tqdm(range(run.start, steps), initial=run.start, total=steps, disable=None if first else True):
+        asked = time.perf_counter()
+        batches = [next(loader) for _ in range(args.accumulate)]
+        waited += time.perf_counter() - asked
+        alpha, noise = alpha_of(recipe, step), draw(recipe, step, run.dataset.shape, device)
+        stats = backward(run, predict, batches, alpha, noise, objective, autocast)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), recipe["grad_clip"])
+
+        # The one place where the host waits for the device: a bad gradient must be seen before it reaches the weights.
+        stop, broken = any_process(run, stop_asked(), not math.isfinite(norm + stats["loss"]))
+        if broken:
+            raise SystemExit(post_mortem(run, step, alpha, norm, tangent, batches, noise, objective))
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(recipe, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, net, ema_decay(recipe, step))
+
+        if step % args.log_every == 0 or stop or step + 1 == steps:
+            stats = mean_over_processes(run, stats)
+            tangent, seconds = stats["tangent"], time.perf_counter() - clock
+            if first:
+                write({"step": step, **stats, "alpha": alpha, "lr": lr_at(recipe, step), "grad_norm": norm.item(),
+                       "images_per_s": recipe["batch"] * (step - logged) / seconds, "memory_mb": memory_mb(device),
+                       "waiting": waited / seconds})            # share of the time spent waiting for pictures
+            clock, waited, logged = time.perf_counter(), 0.0, step
+        if first and ((step + 1) % preview_every == 0 or step + 1 == steps):
+            preview(out / f"samples_{step + 1:07d}.png", net, ema, run.dataset, device)
+        if first and (stop or (step + 1) % save_every == 0 or step + 1 == steps):
+            save(out / "ckpt.pt", run.checkpoint(step + 1))
+        if stop:
+            break
+    return step + 1
+
+
+def main():
+    args = parse_flags()
+    rank, world, device = start_processes(args.device)
+    run = assemble(args, rank, world, device)
+    steps = run.recipe["steps"]
+    if rank == 0:
+        print(f"{run.recipe['model']} on {run.dataset.name}: {sum(p.numel() for p in run.net.parameters()):,} parameters, "
+              f"{len(run.dataset):,} pictures {'x'.join(map(str, run.dataset.shape))}, {run.dataset.classes} classes")
+        print("recipe: " + ", ".join(f"{k} {v}" for k, v in run.recipe.items()))
+        if run.start:
+            print(f"resuming at step {run.start} of {steps}")
+        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / "recipe.json").write_text(json.dumps(run.recipe, indent=1) + "\n")
+    finished = train(run) if run.start < steps else steps
+    if rank == 0:
+        ckpt = run.out / "ckpt.pt"
+        curve(run.out / "log.jsonl", run.out / "curve.png")
+        if finished < steps:
+            print(f"stopped after step {finished} of {steps}; saved. Continue with: python train.py --resume {ckpt}")
+        else:
+            labels = torch.arange(10) % run.dataset.classes
+            sample.trajectory(run.ema, data.to_uint8, labels, "ode", 0, run.out / "trajectory.gif")
+            print(f"done: {run.out}/ holds ckpt.pt, samples_*.png, curve.png, trajectory.gif and log.jsonl. "
+                  f"Next: python sample.py --ckpt {ckpt} --nfe 1")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    data.run(main)
