@@ -133,6 +133,8 @@ def read(path):
     if not isinstance(found, str) or found != FORMAT:
         raise UserError(f"{path} is some other torch file: expected one that train.py wrote, with "
                         f"format {FORMAT!r}, found {found if isinstance(found, str) else 'no format'!r}")
+    if missing := [key for key in ("net", "ema", "config") if not isinstance(ckpt.get(key), dict)]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: expected a whole file that train.py wrote")
     return ckpt
 
 

@@ -1,0 +1,529 @@
+"""
+sample.py: the samplers against golden numbers and closed forms, checkpoints good and bad, real files and processes.
+
+    python -m pytest -q tests/test_sample.py
+
+golden/sampler.npz and golden/sit_small.npz hold numbers only: random weights, inputs, and what the α-Flow sampler
+made of them in float64 (states_f64, denoised_f64, result_f64) and with a float32 network (result_f32).
+"""
+import json
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import sample  # noqa: E402
+from model import DiT, DiTConfig  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = dict(size=8, channels=1, patch=4, dim=16, depth=1, heads=2, classes=10)
+COUNTS = [5, 1, 0, 2, 2, 2, 2, 2, 2, 2]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def tiny_net(seed, **changes):
+    """A small DiT whose every weight is random, so that times, labels and pictures all matter."""
+    torch.manual_seed(seed)
+    net = DiT(DiTConfig(**{**TINY, **changes}))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return net
+
+
+def write_checkpoint(path, **changes):
+    config = {**TINY, **changes}
+    about = dict(name="toy", shape=[config["channels"], config["size"], config["size"]], classes=10,
+                 names=[f"class {c}" for c in range(10)], range=[0, 255], source="toy", count=sum(COUNTS),
+                 label_counts=COUNTS)
+    torch.save({"format": "alphaflow-1", "net": tiny_net(0, **changes).state_dict(),
+                "ema": tiny_net(1, **changes).state_dict(), "optimizer": {}, "step": 7,
+                "config": {"model": config, "recipe": {"lr": 1e-3}}, "data": about}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "ckpt.pt")
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run the command line in this process: (exit status, stdout, stderr). Bad calls get real processes below."""
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *map(str, argv)])
+        try:
+            data.run(sample.main)
+            status = 0
+        except SystemExit as leaving:
+            status = leaving.code
+        out, err = capsys.readouterr()
+        return status, out, err
+    return call
+
+
+def constant(value):
+    return lambda z, t, r, y: torch.full_like(z, value)
+
+
+# ------------------------------------------------------------------ golden numbers
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN / "sampler.npz") as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def golden_net():
+    net = DiT(DiTConfig(8, 4, 2, 64, 3, 4, 10))
+    with np.load(GOLDEN / "sit_small.npz") as file:
+        net.load_state_dict({k[3:]: torch.from_numpy(file[k]) for k in file.files if k.startswith("sd/")})
+    return net.eval()
+
+
+def off(got, expected):
+    assert got.shape == expected.shape
+    return float((got.double() - expected.double()).abs().max() / max(1, expected.abs().max()))
+
+
+def run_case(case, net, golden, dtype, callback=None):
+    z, grid = golden["noise"].to(dtype), golden[f"{case}/t_grid"].tolist()
+    if case.startswith("cons"):
+        noise = golden["step_noise"].to(dtype)
+        return sample.consistency(net, z, golden["y"], grid, noise=noise, callback=callback)
+    u = net if case != "fm4" else lambda z, t, r, y: net(z.to(net.pos_embed), *(t.to(net.pos_embed),) * 2, y)
+    return sample.ode(u, z, golden["y"], grid, callback=callback)     # fm4: u at r = t makes the ordinary Euler walk
+
+
+CASES = ["ode1", "ode2", "ode4", "ode_custom", "ode2_open", "cons1", "cons2", "cons_custom", "fm4"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_samplers_give_the_golden_states_and_pictures(case, golden, golden_net):
+    steps, net = [], golden_net.double()
+    result = run_case(case, net, golden, torch.float64, lambda *step: steps.append(step))
+    assert off(result, golden[f"{case}/result_f64"]) < 1e-11
+    assert off(torch.stack([z for *_, z, _ in steps]), golden[f"{case}/states_f64"]) < 1e-11
+    assert off(torch.stack([x_hat for *_, x_hat in steps]), golden[f"{case}/denoised_f64"]) < 1e-11
+    times = golden[f"{case}/t_grid"].tolist()
+    assert [step[:3] for step in steps] == [(i, t, s) for i, (t, s) in enumerate(zip(times, times[1:]))]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("state", [torch.float32, torch.float64])
+def test_a_float32_network_gives_the_golden_pictures_and_the_state_keeps_its_dtype(case, state, golden, golden_net):
+    result = run_case(case, golden_net.float(), golden, state)
+    assert result.dtype == state and off(result, golden[f"{case}/result_f32"]) < 2e-5
+
+
+# ------------------------------------------------------------------ facts about the samplers
+
+
+Z = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 1, 2, 2)
+Y = torch.tensor([0, 1, 2])
+
+
+def test_one_jump_subtracts_u_and_a_constant_u_needs_no_second():
+    for grid in ([1, 0], [1, 0.3, 0], sample.uniform_grid(7)):
+        torch.testing.assert_close(sample.ode(constant(0.25), Z, Y, grid), Z - 0.25)
+
+
+def test_both_samplers_are_the_same_single_jump_at_one_evaluation():
+    def u(z, t, r, y):
+        assert t.shape == r.shape == (3,) and (t == 1).all() and (r == 0).all()
+        return z.sin() + y.view(-1, 1, 1, 1)
+    x = sample.ode(u, Z, Y, [1, 0])
+    assert torch.equal(x, sample.consistency(u, Z, Y, [1, 0]))
+    assert torch.equal(x, Z - u(Z, torch.ones(3), torch.zeros(3), Y))
+
+
+def test_a_perfect_network_lands_in_the_same_place_by_any_grid():
+    # data N(0, s²): z_r = z_t·σ_r/σ_t with σ_t² = (1-t)²s² + t², so u = z·(1 - σ_r/σ_t)/(t - r)
+    def sigma(t):
+        return ((1 - t) ** 2 * 0.49 + t ** 2).sqrt()
+
+    def u(z, t, r, y):
+        return z * ((1 - sigma(r) / sigma(t)) / (t - r)).view(-1, 1, 1, 1)
+    for grid in ([1, 0], [1, 0.55, 0], sample.uniform_grid(5)):
+        torch.testing.assert_close(sample.ode(u, Z, Y, grid), 0.7 * Z, rtol=1e-12, atol=1e-12)
+
+
+def test_an_open_grid_returns_the_picture_pointed_at_and_not_the_state():
+    states = []
+    x = sample.ode(constant(0.5), Z, Y, [1, 0.4], callback=lambda i, t, s, z, x_hat: states.append(z))
+    torch.testing.assert_close(states[-1], Z - 0.3)
+    torch.testing.assert_close(x, Z - 0.5)
+
+
+def test_consistency_noise_comes_from_the_generator_unless_given():
+    def go(**kwargs):
+        return sample.consistency(lambda z, t, r, y: 0.5 * z, Z, Y, [1, 0.6, 0.3, 0], **kwargs)
+    draws = go(generator=data.generator(1)), go(generator=data.generator(1)), go(generator=data.generator(2))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(go(noise=torch.ones(2, *Z.shape)), go(noise=[torch.ones(Z.shape)] * 5))
+    for bad in (torch.ones(1, *Z.shape), torch.ones(2, 1, 1, 2, 2)):
+        with pytest.raises(ValueError, match="2 draws"):
+            go(noise=bad)
+
+
+def test_samplers_record_no_gradient():
+    net = tiny_net(0)
+    assert not sample.ode(net, torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.long), [1, 0]).requires_grad
+
+
+def test_grids():
+    assert sample.uniform_grid(1) == [1.0, 0.0] and sample.uniform_grid(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert sample.uniform_grid(3) == [3 / 3, 2 / 3, 1 / 3, 0.0]
+    assert sample.check_grid(["1", "0.55", "0"]) == [1.0, 0.55, 0.0] == sample.check_grid(torch.tensor(
+        [1, 0.55, 0], dtype=torch.float64))
+    for nfe in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="whole number"):
+            sample.uniform_grid(nfe)
+    nan = float("nan")
+    for grid in ([], [1], [1, 1], [0, 1], [1, 0.5, 0.6], [1.2, 0], [1, -0.1], [1, nan], [nan, 0], ["1", "x"], [0]):
+        with pytest.raises(ValueError, match="falling times") as caught:
+            sample.check_grid(grid)
+        assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ which picture is which
+
+
+def test_noise_of_picture_k_depends_on_seed_and_k_alone():
+    shape = (2, 4, 4)
+    together = sample.noise_for(range(6), shape, seed=3)
+    assert together.shape == (6, 2, 4, 4) and together.dtype == torch.float32
+    assert torch.equal(together[[4, 1]], sample.noise_for([4, 1], shape, 3))
+    others = [sample.noise_for([4], shape, 4), sample.noise_for([5], shape, 3), sample.noise_for([4], shape, 3, 1)]
+    assert all(not torch.equal(together[4:5], other) for other in others)
+    many = sample.noise_for(range(400), shape, 0)
+    assert abs(many.mean()) < 0.05 and abs(many.std() - 1) < 0.05
+
+
+@pytest.mark.parametrize("sampler, grid", [("ode", [1, 0]), ("ode", [1, 0.5, 0]), ("consistency", [1, 0.6, 0.3, 0])])
+def test_picture_k_is_the_same_whatever_the_batch_and_the_processes(ckpt, sampler, grid):
+    net, decode = sample.load(ckpt)
+    labels = sample.make_labels("random", 11, 10, seed=5)
+
+    def pictures(**kwargs):
+        return torch.cat(list(sample.generate(net, decode, labels, grid, sampler, seed=5, **kwargs))).int()
+    whole = pictures()
+    assert whole.shape == (11, 1, 8, 8) and whole.min() >= 0 and whole.max() <= 255 and whole.float().std() > 10
+    assert (pictures(batch=4) - whole).abs().max() <= 1 and (pictures(batch=1) - whole).abs().max() <= 1
+    for rank in range(3):
+        assert (pictures(indices=range(rank, 11, 3), batch=2) - whole[rank::3]).abs().max() <= 1
+
+
+def test_generate_says_what_is_wrong_and_reports_progress(ckpt):
+    net, decode = sample.load(ckpt)
+    labels, seen = torch.arange(5), []
+    batches = list(sample.generate(net, decode, labels, [1, 0], batch=2, progress=seen.append))
+    assert [len(b) for b in batches] == seen == [2, 2, 1] and all(b.dtype == torch.uint8 for b in batches)
+    for wrong in (dict(sampler="euler"), dict(batch=0), dict(grid=[0.5, 0]), dict(grid=[1, 1])):
+        with pytest.raises(ValueError):
+            list(sample.generate(net, decode, labels, **{"grid": [1, 0], **wrong}))
+
+
+def test_labels():
+    make = sample.make_labels
+    random = make("random", 500, 10, seed=1)
+    assert random.dtype == torch.int64 and random.shape == (500,) and set(random.tolist()) == set(range(10))
+    assert torch.equal(random[:7], make("random", 7, 10, seed=1))          # label k does not depend on num
+    assert not torch.equal(random, make("random", 500, 10, seed=2))
+    assert make("balanced", 5, 3, 0).tolist() == [0, 1, 2, 0, 1]
+    assert make("3,1,4", 5, 10, 0).tolist() == [3, 1, 4, 3, 1]
+    counts = torch.tensor(COUNTS)
+    assert torch.equal(make("data", 20, 10, 0, COUNTS).bincount(minlength=10), counts)
+    assert torch.equal(make("data", 60, 10, 0, COUNTS).bincount(minlength=10), 3 * counts)
+    for num in (1, 7, 13, 99):
+        got = make("data", num, 10, 0, COUNTS).bincount(minlength=10)
+        assert got.sum() == num and ((got - counts * num / 20).abs() < 1).all()
+    for wrong in (("12", 5, 10, 0), ("-1", 5, 10, 0), ("10", 5, 10, 0), ("cats", 5, 10, 0), ("", 5, 10, 0),
+                  ("1,,2", 5, 10, 0), ("data", 5, 10, 0), ("data", 5, 10, 0, [1, 2]), ("balanced", 0, 10, 0)):
+        with pytest.raises(ValueError) as caught:
+            make(*wrong)
+        assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def test_load_gives_what_was_saved_and_ema_is_not_raw(ckpt):
+    z, t, r, y = torch.randn(3, 1, 8, 8), torch.ones(3), torch.zeros(3), torch.tensor([0, 5, 9])
+    for weights, seed in (("raw", 0), ("ema", 1)):
+        net, decode = sample.load(ckpt, weights)
+        assert not net.training and not any(p.requires_grad for p in net.parameters())
+        expected = tiny_net(seed).state_dict()
+        assert net.state_dict().keys() == expected.keys()
+        assert all(torch.equal(w, expected[name]) for name, w in net.state_dict().items())
+        with torch.no_grad():
+            assert torch.equal(net(z, t, r, y), tiny_net(seed)(z, t, r, y))
+    assert decode(torch.tensor([-1., 0, 1])).tolist() == data.to_uint8(torch.tensor([-1., 0, 1])).tolist()
+    with pytest.raises(ValueError, match="'ema' or 'raw'"):
+        sample.load(ckpt, "best")
+    assert sample.read(ckpt)["step"] == 7
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_nothing_in_a_hostile_file_is_executed(tmp_path, ckpt):
+    import pickle
+    marker, path = tmp_path / "owned", tmp_path / "hostile.pt"
+    good = sample.read(ckpt)
+    for save in (lambda thing: torch.save(thing, path),
+                 lambda thing: torch.save(thing, path, _use_new_zipfile_serialization=False),
+                 lambda thing: path.write_bytes(pickle.dumps(thing))):
+        for thing in (Hostile(marker), {**good, "config": Hostile(marker)}):
+            save(thing)
+            for reader in (sample.read, sample.load):
+                with pytest.raises(data.UserError, match="nothing in it was run") as caught:
+                    reader(path)
+                assert "\n" not in str(caught.value) and not marker.exists()
+    torch.load(path, weights_only=False) if False else pickle.loads(path.read_bytes())
+    assert marker.exists()                                   # the same bytes do run where they are let
+
+
+def test_damaged_and_foreign_files_get_one_line(tmp_path, ckpt):
+    whole, path = ckpt.read_bytes(), tmp_path / "bad.pt"
+    contents = [whole[:n] for n in (0, 1, 10, 100, 1000, len(whole) // 2, len(whole) - 100, len(whole) - 1)]
+    contents += [b"hello\n", b"\x89PNG\r\n\x1a\n" + bytes(64), (GOLDEN / "sampler.npz").read_bytes()]
+    for content in contents:
+        path.write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(data.UserError, match="expected") as caught:
+                sample.load(path)
+        assert "\n" not in str(caught.value)
+    good = sample.read(ckpt)
+    for thing in (torch.zeros(3), {"format": torch.zeros(3)}, {"net": {}}, {"format": "alphaflow-9"}, [1],
+                  {"format": "alphaflow-1"}, {**good, "ema": None}, {**good, "config": {}},
+                  {**good, "config": {"model": {**TINY, "depth": 2}}}, {**good, "config": {"model": [1]}},
+                  {**good, "config": {"model": {**TINY, "dim": 10**9}}}, {**good, "ema": {"a": 3}},
+                  {**good, "ema": {**good["ema"], "extra": torch.zeros(2)}}):
+        torch.save(thing, path)
+        with pytest.raises(data.UserError, match="expected") as caught:
+            sample.load(path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    with pytest.raises(data.UserError, match="no checkpoint at"):
+        sample.load(tmp_path / "missing.pt")
+    with pytest.raises(data.UserError, match="no checkpoint at"):
+        sample.load(tmp_path)
+
+
+def test_devices():
+    assert sample.pick_device("cpu") == torch.device("cpu")
+    assert sample.pick_device().type in ("cuda", "mps", "cpu")
+    for name in ("banana", "meta", "cuda:99", "", "cpu:x"):
+        with pytest.raises(data.UserError, match="cpu"):
+            sample.pick_device(name)
+
+
+# ------------------------------------------------------------------ pictures of pictures
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_contact_sheet_puts_every_pixel_in_its_place(channels):
+    pictures = torch.randint(0, 256, (5, channels, 8, 8), dtype=torch.uint8)
+    sheet = sample.contact_sheet(pictures, columns=3)
+    assert sheet.mode == {1: "L", 3: "RGB"}[channels] and sheet.size == (2 + 3 * 58, 2 + 2 * 58)   # 8·7 = 56, gap 2
+    pixels = np.asarray(sheet).reshape(sheet.height, sheet.width, channels)
+    for k in range(5):
+        left, top = 2 + k % 3 * 58, 2 + k // 3 * 58
+        small = pixels[top:top + 56, left:left + 56][3::7, 3::7]
+        assert (small == pictures[k].permute(1, 2, 0).numpy()).all()
+    assert (pixels[60:, 118:] == 255).all()                            # no sixth picture
+    captioned = sample.contact_sheet(pictures, 3, scale=2, captions=["seven", "日本"])
+    assert captioned.height == 2 + 2 * 18 and captioned.width > 2 + 3 * 18
+    assert (np.asarray(captioned)[:, :20] < 128).any()                 # there is ink
+
+
+def test_contact_sheet_wants_one_or_three_channels():
+    for channels in (2, 4):
+        with pytest.raises(ValueError, match=f"{channels} channels"):
+            sample.contact_sheet(torch.zeros(1, channels, 8, 8, dtype=torch.uint8), 1)
+
+
+def test_trajectory_goes_from_the_noise_to_the_picture(ckpt, tmp_path):
+    net, decode = sample.load(ckpt)
+    labels, path = torch.tensor([1, 2]), tmp_path / "t.gif"
+    for sampler in ("ode", "consistency"):
+        sample.trajectory(net, decode, labels, sampler, 0, path, steps=5)
+        x = torch.cat(list(sample.generate(net, decode, labels, sample.uniform_grid(5), sampler, seed=0)))
+        noise = decode(sample.noise_for(range(2), (1, 8, 8), 0))
+        with Image.open(path) as gif:
+            assert gif.n_frames == 6 and gif.info["loop"] == 0
+            for number, tiles in ((0, noise), (5, torch.cat([x, x]))):
+                gif.seek(number)
+                frame = np.asarray(gif.convert("L"))
+                left = frame.shape[1] - 2 * 58
+                for k, tile in enumerate(tiles):
+                    top = 2 + k // 2 * 58
+                    shown = frame[top:top + 56, left + k % 2 * 58:][3::7, 3:56:7]
+                    assert (shown == tile[0].numpy()).all()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------ the command line
+
+
+def test_the_grid_is_written_beside_the_checkpoint(ckpt, cli):
+    status, out, err = cli("--ckpt", ckpt, "--nfe", 2)
+    assert (status, err) == (0, "")
+    path = ckpt.parent / "grid_ode_nfe2_ema.png"
+    assert out == (f"wrote {path}: 100 pictures, ema weights of step 7, 2 NFE, ode, grid 1,0.5,0, "
+                   "labels balanced, seed 0\n")
+    with Image.open(path) as sheet:
+        assert sheet.format == "PNG" and sheet.height == 2 + 10 * 58 and sheet.width > 2 + 10 * 58   # and captions
+
+
+def test_npz_png_and_folder_show_the_same_pictures(ckpt, cli, tmp_path):
+    common = ("--ckpt", ckpt, "--grid", "1,0.55,0", "--sampler", "consistency", "--num", 12, "--seed", 3)
+    assert cli(*common, "--classes", "data", "--out", tmp_path / "a.npz", "--batch", 5)[0] == 0
+    assert cli(*common, "--classes", "data", "--out", f"{tmp_path}/new/pngs/")[0] == 0
+    with np.load(tmp_path / "a.npz") as file:
+        pictures, labels = file["arr_0"], file["arr_1"]
+    assert pictures.shape == (12, 8, 8, 1) and pictures.dtype == np.uint8 and labels.dtype == np.int64
+    assert (labels == sample.make_labels("data", 12, 10, 3, COUNTS).numpy()).all()
+    files = sorted((tmp_path / "new/pngs").iterdir())
+    assert [f.name for f in files] == [f"{k:06d}.png" for k in range(12)]
+    for picture, file in zip(pictures, files):
+        assert np.abs(np.asarray(Image.open(file)).astype(int) - picture[..., 0]).max() <= 1
+    net, decode = sample.load(ckpt)
+    drawn = torch.cat(list(sample.generate(net, decode, torch.from_numpy(labels), [1, 0.55, 0], "consistency", 3)))
+    assert np.abs(drawn.permute(0, 2, 3, 1).numpy().astype(int) - pictures).max() <= 1
+    assert cli(*common, "--raw", "--out", tmp_path / "b.npz")[0] == 0
+    with np.load(tmp_path / "b.npz") as file:
+        assert (file["arr_0"] != pictures).any()
+
+
+def test_an_old_file_stays_until_the_new_one_is_whole(ckpt, cli, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        yield torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+        raise OSError("the disk is on fire")
+    monkeypatch.setattr(sample, "generate", broken)
+    for name in ("old.npz", "old.png"):
+        (tmp_path / name).write_text("precious")
+        assert cli("--ckpt", ckpt, "--out", tmp_path / name)[0] == 2
+        assert (tmp_path / name).read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} == {"old.npz", "old.png"}
+
+
+def test_more_channels_than_a_picture_has_fit_in_npz_only(cli, tmp_path):
+    four = write_checkpoint(tmp_path / "four.pt", channels=4)
+    status, _, err = cli("--ckpt", four, "--out", tmp_path / "a.png")
+    assert status == 2 and "4 channels" in err and err.count("\n") == 1
+    assert cli("--ckpt", four, "--num", 2, "--out", tmp_path / "a.npz")[0] == 0
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["arr_0"].shape == (2, 8, 8, 4)
+
+
+def test_two_processes_make_the_folder_that_one_makes(ckpt, cli, tmp_path):
+    assert cli("--ckpt", ckpt, "--num", 7, "--classes", "random", "--out", f"{tmp_path}/one/")[0] == 0
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(ckpt), "--num", "7", "--classes", "random",
+               "--device", "cpu", "--trajectory", str(tmp_path / "t.gif"), "--out", f"{tmp_path}/two/"]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
+        **ENV, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port)}) for r in range(2)]
+    outputs = [p.communicate(timeout=60) for p in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], outputs
+    assert outputs[0][0].count("\n") == 1 and outputs[1][0] == ""
+    one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
+    assert [p.name for p in one] == [p.name for p in two] and len(one) == 7 and (tmp_path / "t.gif").exists()
+    for a, b in zip(one, two):
+        a, b = np.asarray(Image.open(a)).astype(int), np.asarray(Image.open(b)).astype(int)
+        assert np.abs(a - b).max() <= 1
+
+
+# Each wrong call is a process of its own, forked from one that has imported torch, which takes longer than the call.
+FORKS = """
+import json, os, runpy, sys, sample
+for argv, env in json.load(sys.stdin):
+    (out, out_w), (err, err_w) = os.pipe(), os.pipe()
+    if (child := os.fork()) == 0:
+        os.dup2(out_w, 1), os.dup2(err_w, 2)
+        os.environ.update(env)
+        for fd in (out, out_w, err, err_w): os.close(fd)
+        sys.argv = ["sample.py", *argv]
+        runpy.run_path(sample.__file__, run_name="__main__")
+        sys.exit(0)
+    os.close(out_w), os.close(err_w)
+    texts = [open(fd).read() for fd in (out, err)]
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *texts]), flush=True)
+"""
+
+
+def test_every_wrong_call_ends_in_one_line_and_status_2(ckpt, tmp_path):
+    cut, hostile, full, taken = tmp_path / "cut.pt", tmp_path / "hostile.pt", tmp_path / "full", tmp_path / "dir.png"
+    cut.write_bytes(ckpt.read_bytes()[:5000])
+    torch.save(Hostile(tmp_path / "owned"), hostile)
+    for folder in (full, taken):
+        folder.mkdir()
+        (folder / "mine.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    good = ["--ckpt", str(ckpt), "--device", "cpu", "--out", str(tmp_path / "never.png")]
+    wrong = [
+        (["--nfe", "1"], "--ckpt"),
+        (["--ckpt", str(tmp_path / "missing.pt")], "no checkpoint at"),
+        (["--ckpt", str(tmp_path)], "no checkpoint at"),
+        (["--ckpt", str(cut)], "cut short"),
+        (["--ckpt", str(hostile)], "nothing in it was run"),
+        (["--ckpt", str(GOLDEN / "sampler.npz")], "expected"),
+        ([*good, "--nfe", "0"], "whole number"),
+        ([*good, "--nfe", "-3"], "whole number"),
+        ([*good, "--nfe", "many"], "invalid int"),
+        ([*good, "--grid", "1,1,0"], "falling"),
+        ([*good, "--grid", "1,x,0"], "falling"),
+        ([*good, "--grid", "1,nan"], "falling"),
+        ([*good, "--grid", ""], "falling"),
+        ([*good, "--grid", "0.8,0"], "starts at 0.8"),
+        ([*good, "--nfe", "1", "--grid", "1,0"], "not allowed with"),
+        ([*good, "--ema", "--raw"], "not allowed with"),
+        ([*good, "--sampler", "euler"], "invalid choice"),
+        ([*good, "--classes", "10"], "label 10 is out of range"),
+        ([*good, "--classes", "1,cat"], "random, balanced, data"),
+        ([*good, "--classes", ""], "random, balanced, data"),
+        ([*good, "--num", "0"], "1 or more"),
+        ([*good, "--num", "5000"], "4096"),
+        ([*good, "--batch", "0"], "1 or more"),
+        ([*good, "--seed", "-1"], "seeds"),
+        ([*good, "--device", "banana"], "device 'banana'"),
+        ([*good, "--devise", "cpu"], "unrecognized"),
+        ([*good, "--trajectory", str(tmp_path / "t.mp4")], "FILE.gif"),
+        ([*good, "--trajectory", "/dev/null/t.gif"], "cannot write"),
+        ([*good, "--out", str(tmp_path / "a.jpg")], "FILE.png"),
+        ([*good, "--out", "/dev/null/x/grid.png"], "cannot write"),
+        ([*good, "--out", f"{cut}/"], "cannot write"),
+        ([*good, "--out", str(full)], "not empty"),
+        ([*good, "--out", str(taken)], "not empty"),
+    ]
+    calls = [(argv, {}) for argv, _ in wrong] + [(good, {"WORLD_SIZE": "2", "RANK": "0"})]
+    wrong.append((good, "FOLDER/"))
+    ran = subprocess.run([sys.executable, "-c", FORKS], input=json.dumps(calls), cwd=ROOT, env=ENV, text=True,
+                         capture_output=True, timeout=100)
+    results = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(results) == len(wrong), ran.stderr
+    for (argv, expected), (status, out, err) in zip(wrong, results):
+        assert status == 2 and out == "" and err.count("\n") == 1, (argv, status, out, err)
+        assert expected in err and err.startswith("sample.py: error: "), (argv, err)
+    assert sorted(tmp_path.rglob("*")) == before                       # nothing made, nothing lost, nothing run
+    assert not [f for f in ROOT.iterdir() if f.name.startswith("grid_")]
