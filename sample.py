@@ -382,8 +382,8 @@ def parse():
 
     group = parser.add_argument_group("how")
     times = group.add_mutually_exclusive_group()
-    times.add_argument("--nfe", type=int, default=1, metavar="N",
-                       help="network evaluations, as N equal jumps")
+    times.add_argument("--nfe", type=int, metavar="N",
+                       help="network evaluations, as N equal jumps (default: 1)")
     times.add_argument("--grid", metavar="TIMES", help="the times of the jumps instead, like 1,0.55,0")
     group.add_argument("--sampler", default="ode", choices=["ode", "consistency"],
                        help="follow the jumps, or jump to the picture each time and put noise back")
@@ -423,13 +423,14 @@ def place(out, trajectory, world):
 def main():
     args = parse()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    grid = uniform_grid(args.nfe) if args.grid is None else check_grid(args.grid.split(","))
+    nfe = 1 if args.nfe is None else args.nfe  # a default would hide "--nfe 1 --grid ..." from argparse
+    grid = uniform_grid(nfe) if args.grid is None else check_grid(args.grid.split(","))
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: give 1 or more")
     device = pick_device(args.device)
     ckpt = read(args.ckpt)
     net, decode = load(args.ckpt, args.weights, device)
-    cfg, about = net.config, ckpt.get("data") or {}
+    cfg, about = net.config, ckpt["data"] if isinstance(ckpt.get("data"), dict) else {}
     listed = args.classes.count(",") + 1 if args.classes[:1].isdigit() else cfg.classes
     num = min(100, 10 * listed) if args.num is None else args.num
     labels = make_labels(args.classes, num, cfg.classes, args.seed, about.get("label_counts"))
@@ -455,7 +456,8 @@ def main():
                 with replacing(path / f"{k:06d}.png", sync=False) as file:
                     as_image(picture).save(file, format="PNG")
         else:
-            names = about.get("names") or range(cfg.classes)
+            names = about.get("names") or []
+            names = names if len(names) == cfg.classes else range(cfg.classes)
             sheet = labelled_grid(torch.cat(list(batches)), labels, names)
             with replacing(path) as file:
                 sheet.save(file, format="PNG")

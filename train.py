@@ -20,6 +20,7 @@ import os
 import resource
 import signal
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -66,7 +67,8 @@ SETTINGS = {
         "steps": (400_000, "length of the run, in optimizer steps"),
         "batch": (256, "pictures a step, over all processes and micro-batches"),
         "lr": (1e-4, "Adam's learning rate after the warm-up"),
-        "lr_decay": ("constant", "what follows the warm-up: constant or cosine (to 0)"),
+        "lr_decay": ("constant", "what follows the warm-up: constant, or linear or cosine to 0 at the end"),
+        "lr_tail": (1.0, "share of the run, at its end, in which the rate falls (unless constant)"),
         "warmup": (10_000, "steps of linear learning-rate warm-up"),
         "beta1": (0.9, "Adam's β₁"),
         "beta2": (0.95, "Adam's β₂"),
@@ -80,7 +82,8 @@ PAPER = {name: default for group in SETTINGS.values() for name, (default, _) in 
 GUIDED = dict(steps=1_200_000, label_drop=0.1)
 XL_GUIDED = dict(GUIDED, omega=0.2, kappa=0.92, t_max=0.75)
 MEANFLOW = dict(alpha_schedule="constant", alpha_start=0.0)
-SMALL = dict(steps=2000, batch=128, lr=1e-3, lr_decay="cosine", warmup=100)
+# Ours, found on the digits: α leaves the stage by half-time, so that MeanFlow and a falling rate get the second half.
+SMALL = dict(steps=2500, batch=128, alpha_window=(0.0, 0.5), lr=3e-3, lr_decay="linear", lr_tail=0.3, warmup=100)
 
 RECIPES = {                 # --model: what differs from the paper's common settings; a flag wins over both
     # small networks, in pixels
@@ -162,7 +165,8 @@ def resolve(args, saved=None):
     if args.alpha_schedule == "step" and args.alpha_window is None:
         recipe["alpha_window"] = (0.5, 0.5)             # in the whole-run window the step would be at step 0
 
-    for name in ("steps", "batch", "lr", "beta1", "beta2", "grad_clip", "ema_half_life", "clip", "c"):
+    for name in ("steps", "batch", "lr", "beta1", "beta2", "grad_clip", "ema_half_life", "clip", "c",
+                 "lr_tail"):
         if not recipe[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {recipe[name]}")
     for name in ("warmup", "ema_ramp", "seed"):
@@ -171,8 +175,8 @@ def resolve(args, saved=None):
     for name in ("beta1", "beta2", "label_drop"):
         if not 0 <= recipe[name] < 1:
             raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {recipe[name]}")
-    if recipe["lr_decay"] not in ("constant", "cosine"):
-        raise ValueError(f"--lr-decay is constant or cosine, got {recipe['lr_decay']!r}")
+    if recipe["lr_decay"] not in ("constant", "linear", "cosine"):
+        raise ValueError(f"--lr-decay is constant, linear or cosine, got {recipe['lr_decay']!r}")
     if not recipe["t_min"] < recipe["t_max"]:
         raise ValueError(f"guidance needs --t-min < --t-max, got {recipe['t_min']} and {recipe['t_max']}")
     for name in ("accumulate", "log_every", "preview_every", "save_every"):
@@ -191,11 +195,10 @@ def alpha_of(recipe, step):
 
 
 def lr_at(recipe, step):
-    """Linear warm-up, then constant, or half a cosine down to 0 at the end of the run."""
+    """Linear warm-up, then constant; with a decay, down to 0 over the last `lr_tail` of the run."""
     lr = recipe["lr"] * min(1, (step + 1) / max(1, recipe["warmup"]))
-    if recipe["lr_decay"] == "cosine":
-        lr *= (1 + math.cos(math.pi * step / recipe["steps"])) / 2
-    return lr
+    left = min(1, (1 - step / recipe["steps"]) / recipe["lr_tail"])
+    return lr * {"constant": 1, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[recipe["lr_decay"]]
 
 
 def ema_decay(recipe, step):
@@ -263,6 +266,8 @@ def open_run(args):
         path = Path(args.resume)
     out = Path(args.out or path.parent)
     if args.resume and (args.resume != "auto" or path.exists()):
+        if args.init_from and args.resume != "auto":
+            raise ValueError("--resume goes on with its own weights, so --init-from has no place beside it")
         return out, sample.read(path)
     if path.exists() and not args.overwrite:
         raise ValueError(f"{out} already holds a run: --resume continues it, --overwrite replaces it, or give --out DIR")
@@ -270,13 +275,9 @@ def open_run(args):
 
 
 def save(path, state):
-    """Write to a temporary file beside it, flush, rename: whenever we are killed, `path` is a whole checkpoint."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    """Written beside it, flushed, renamed: whenever we are killed, `path` is a whole checkpoint."""
+    with sample.replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def init_from(net, path, say):
@@ -450,7 +451,9 @@ def assemble(args, rank, world, device):
                                  fused=device.type in ("cpu", "cuda"))
     if ckpt:
         net.load_state_dict(ckpt["net"])
+        options = {k: optimizer.param_groups[0][k] for k in ("betas", "fused")}     # of this run, not of the saved one
         optimizer.load_state_dict(ckpt["optimizer"])
+        optimizer.param_groups[0].update(options)
     return Run(args, recipe, dataset, net, ema, optimizer, ckpt["step"] if ckpt else 0, out, rank, world, device)
 
 
@@ -470,9 +473,9 @@ def precision(run, say):
     if cuda if run.args.compile is None else run.args.compile:
         fast, fast_du_dt = compiled(run.net, torch.randn(8, *run.dataset.shape, device=run.device), autocast, say)
 
-    def derivative(*point):
+    def derivative(net, *point):
         with autocast(run.args.jvp_precision or kind):
-            return fast_du_dt(*point)
+            return fast_du_dt(run.net, *point)                  # which is compiled as a whole, network included
 
     say(f"{run.device}, {run.world} process{'es' * (run.world > 1)}, {kind} products "
         f"({'as asked' if run.args.precision else 'the default on ' + run.device.type})")
@@ -582,7 +585,7 @@ def main():
     if rank == 0:
         print(f"{run.recipe['model']} on {run.dataset.name}: {sum(p.numel() for p in run.net.parameters()):,} parameters, "
               f"{len(run.dataset):,} pictures {'x'.join(map(str, run.dataset.shape))}, {run.dataset.classes} classes")
-        print("recipe: " + ", ".join(f"{k} {v}" for k, v in run.recipe.items()))
+        print(textwrap.fill("recipe: " + ", ".join(f"{k} {v}" for k, v in run.recipe.items()), 110))
         if run.start:
             print(f"resuming at step {run.start} of {steps}")
         run.out.mkdir(parents=True, exist_ok=True)
