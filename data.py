@@ -15,6 +15,7 @@ A broken run is continued by typing the same command again. The rest of the prog
     x, y = ds.batch(step, batch_size=256)       # x (B, C, H, W) float32 in [-1, 1], y (B,) int64
 """
 import argparse
+import contextlib
 import gzip
 import hashlib
 import http.client
@@ -78,7 +79,7 @@ def run(main):
     sys.exit(status)
 
 
-# ---------------------------------------------------------------- two rules the whole project shares
+# ---------------------------------------------------------------- three rules the whole project shares
 
 
 def _seeds(*key):
@@ -108,6 +109,22 @@ def to_uint8(x):
     # which a Frechet distance sees. bfloat16 carries 8 bits, so the arithmetic is float32 at least.
     x = x if x.dtype == torch.float64 else x.float()
     return ((x.nan_to_num(nan=-1.0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@contextlib.contextmanager
+def replacing(path, sync=True):
+    """A file to write; it gets the name `path` when the block ends well. Until then an old one stays."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            if sync:  # or a power cut may keep the new name and lose the bytes
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- a data set
@@ -272,14 +289,9 @@ def _read_json(path):
         raise UserError(f"{path} is damaged: delete its folder and prepare it again") from None
 
 
-def _put(path, write):
-    """The one way a file appears: under another name, flushed to the disk, then renamed."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def _put(path, text):
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _finished(out, key):
@@ -301,7 +313,7 @@ def _begin(out, key):
     record = _read_json(out / RECORD) if (out / RECORD).exists() else {}
     if record.get("key") != key:
         record = dict(key=key, done=0, bad=[])
-        _put(out / RECORD, lambda f: f.write(json.dumps(record).encode()))
+        _put(out / RECORD, json.dumps(record))
     return record
 
 
@@ -311,11 +323,13 @@ def _publish(out, key, labels, names, shape, source, images=None):
     if images is None:
         os.replace(out / "images.npy.part", out / "images.npy")
     else:
-        _put(out / "images.npy", lambda f: np.save(f, images))
-    _put(out / "labels.npy", lambda f: np.save(f, np.asarray(labels, np.int64)))
+        with replacing(out / "images.npy") as file:
+            np.save(file, images)
+    with replacing(out / "labels.npy") as file:
+        np.save(file, np.asarray(labels, np.int64))
     meta = dict(shape=shape, classes=len(names), names=names, range=[0, 255], source=source,
                 count=len(labels), key=key)
-    _put(out / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
+    _put(out / "meta.json", json.dumps(meta, indent=1))
     (out / RECORD).unlink(missing_ok=True)
     shutil.rmtree(out / "download", ignore_errors=True)  # what was downloaded is in images.npy now
     _report(f"wrote {out}", out, meta)
@@ -599,7 +613,7 @@ def _decode(files, size, out, record):
             file.flush()
             os.fsync(file.fileno())  # first the pictures, then the entry that says they are there
             record["done"] = min(done + CHUNK, len(files))
-            _put(out / RECORD, lambda f: f.write(json.dumps(record).encode()))
+            _put(out / RECORD, json.dumps(record))
         # The header comes last because it names the count: .npy version 1.0, padded to 128 bytes.
         shape = (len(files) - len(record["bad"]), 3, size, size)
         text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(HEADER - 11)

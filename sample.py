@@ -14,7 +14,6 @@ back.
 
 The noise of picture k depends on the seed and k alone, not on the batch size or the number of processes.
 """
-import contextlib
 import math
 import os
 import tempfile
@@ -325,35 +324,19 @@ def trajectory(net, decode, labels, sampler, seed, path, steps=16):
     for t, z, x_hat in zip(grid, states, guesses):
         rows = torch.cat([decode(z.to(x_hat)), decode(x_hat)]).cpu()                     # (2B, C, H, W)
         frames.append(contact_sheet(rows, len(labels), captions=[f"z, t = {t:.2f}", "leads to"]))
-    with replacing(path) as file:
+    with data.replacing(path) as file:
         frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
                        duration=[150] * steps + [2000])
 
 
-# ------------------------------------------------------------------ files appear when they are whole
-
-
-@contextlib.contextmanager
-def replacing(path, sync=True):
-    """A file to write; it gets the name `path` when the block ends well. Until then an old one stays."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            if sync:  # or a power cut may keep the new name and lose the bytes
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+# ------------------------------------------------------------------ many pictures in one file
 
 
 def write_npz(path, batches, labels, shape):
     """ADM's sample file, streamed: arr_0 uint8 (N, H, W, C), arr_1 the labels (N,). shape: (C, H, W)."""
     C, H, W = shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), H, W, C)}
-    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with data.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for pictures in batches:
@@ -453,13 +436,13 @@ def main():
             write_npz(path, batches, labels, shape)
         elif kind == "folder":
             for k, picture in zip(mine, (picture for pictures in batches for picture in pictures)):
-                with replacing(path / f"{k:06d}.png", sync=False) as file:
+                with data.replacing(path / f"{k:06d}.png", sync=False) as file:
                     as_image(picture).save(file, format="PNG")
         else:
             names = about.get("names") or []
             names = names if len(names) == cfg.classes else range(cfg.classes)
             sheet = labelled_grid(torch.cat(list(batches)), labels, names)
-            with replacing(path) as file:
+            with data.replacing(path) as file:
                 sheet.save(file, format="PNG")
     if args.trajectory and rank == 0:
         trajectory(net, decode, labels[:10], args.sampler, args.seed, args.trajectory)

@@ -14,6 +14,7 @@ The objective is chosen by two flags:
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from tqdm import tqdm
 import data
 import sample
 from loss import alpha_at, alpha_flow_loss, du_dt, sample_times
-from model import DiT, DiTConfig, build
+from model import SIZES, DiT, DiTConfig, build
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 # Every setting of a run: its flag, the paper's value for ImageNet-256 (α-Flow §5 and appendix), and what it means.
@@ -152,19 +153,32 @@ def resolve(args, saved=None):
     Raises ValueError, in one line, for whatever would otherwise fail after minutes.
     """
     model = args.model or (saved["model"] if saved else "Ti/2")
+    if model not in RECIPES and (network_name(model) != model or model.partition("/")[0] not in SIZES):
+        raise ValueError(f"unknown model {model!r}: give a recipe ({', '.join(RECIPES)}) or SIZE/PATCH with SIZE one of "
+                         f"{', '.join(SIZES)}")          # "meanflow-B/4" must not train α-Flow
     if saved and model != saved["model"]:
         raise ValueError(f"--resume continues a {saved['model']}, not a {model}; --init-from starts a new run from it")
-    recipe = dict(saved or {"model": model, **PAPER, **RECIPES.get(model, {})})
+    recipe = {"model": model, **PAPER, **(saved or RECIPES.get(model, {}))}     # an old run may lack a new setting
     recipe.update({k: v for k, v in vars(args).items() if k in PAPER and v is not None})
     if args.alpha is not None:
         if args.alpha_schedule not in (None, "constant"):
             raise ValueError(f"--alpha is a constant, which --alpha-schedule {args.alpha_schedule} contradicts")
+        if args.alpha_start is not None:
+            raise ValueError("--alpha and --alpha-start are two names for one number here: give one of them")
         recipe.update(alpha_schedule="constant", alpha_start=args.alpha)
         if args.alpha_clamp is None:
             recipe["alpha_clamp"] = 0.0                 # --alpha 0.002 means 0.002
     if args.alpha_schedule == "step" and args.alpha_window is None:
         recipe["alpha_window"] = (0.5, 0.5)             # in the whole-run window the step would be at step 0
 
+    for name, value in recipe.items():
+        if value != value:
+            raise ValueError(f"--{name.replace('_', '-')} must be a number, got {value}")
+    if recipe["seed"] >= 2**64:
+        raise ValueError(f"--seed must be below 2**64, got {recipe['seed']}")
+    if recipe["alpha_schedule"] != "constant" and recipe["alpha_start"] == recipe["alpha_end"]:
+        raise ValueError(f"--alpha-schedule {recipe['alpha_schedule']} would stand still: --alpha-start and --alpha-end "
+                         f"are both {recipe['alpha_end']:g}")
     for name in ("steps", "batch", "lr", "beta1", "beta2", "grad_clip", "ema_half_life", "clip", "c",
                  "lr_tail"):
         if not recipe[name] > 0:
@@ -268,15 +282,19 @@ def open_run(args):
     if args.resume and (args.resume != "auto" or path.exists()):
         if args.init_from and args.resume != "auto":
             raise ValueError("--resume goes on with its own weights, so --init-from has no place beside it")
-        return out, sample.read(path)
-    if path.exists() and not args.overwrite:
-        raise ValueError(f"{out} already holds a run: --resume continues it, --overwrite replaces it, or give --out DIR")
-    return out, None
+        ckpt = sample.read(path)
+        if not ({"optimizer", "step"} <= ckpt.keys() and "model" in ckpt["config"].get("recipe", ())):
+            raise ValueError(f"{path} holds no training state to resume; --init-from starts a new run from its weights")
+        if not (out / "ckpt.pt").exists() or args.overwrite or path.samefile(out / "ckpt.pt"):
+            return out, ckpt
+    elif not path.exists() or args.overwrite:
+        return out, None
+    raise ValueError(f"{out} already holds a run: --resume continues it, --overwrite replaces it, or give --out DIR")
 
 
 def save(path, state):
     """Written beside it, flushed, renamed: whenever we are killed, `path` is a whole checkpoint."""
-    with sample.replacing(path) as file:
+    with data.replacing(path) as file:
         torch.save(state, file)
 
 
@@ -327,13 +345,12 @@ def open_log(run):
     """
     path, board = run.out / "log.jsonl", None
     if run.args.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("--tensorboard needs the package: pip install tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(run.out)
     old = path.read_text().splitlines() if run.start and path.exists() else []
-    path.write_text("".join(line + "\n" for line in old if json.loads(line)["step"] < run.start))
+    old = [line for line in old if line.endswith("}") and json.loads(line)["step"] < run.start]     # the last may be torn
+    with data.replacing(path, sync=False) as file:
+        file.write("".join(line + "\n" for line in old).encode())
     file = open(path, "a", buffering=1)
 
     def write(line):
@@ -427,8 +444,12 @@ class Run:
 
 def assemble(args, rank, world, device):
     """A Run: fresh, from another checkpoint's weights, or as the interrupted one left it. ValueError if it cannot be."""
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs the package: pip install tensorboard")
     out, ckpt = open_run(args)
     recipe = resolve(args, ckpt and ckpt["config"]["recipe"])
+    if ckpt and ckpt["step"] >= recipe["steps"] and not (out / "ckpt.pt").exists():
+        raise ValueError(f"{args.resume} has done all its {recipe['steps']} steps: give more --steps, or other --out")
     if recipe["batch"] % (world * args.accumulate):
         raise ValueError(f"--batch {recipe['batch']} is not divisible by {world} processes x {args.accumulate} "
                          "micro-batches")

@@ -579,17 +579,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, cap
 def test_broken_off_at_any_write_and_a_changed_source_list(tmp_path, monkeypatch, name, writes, changed):
     src, out = tree(tmp_path / "src", n=9), tmp_path / "out"
     monkeypatch.setattr(data, "CHUNK", 2)
-    real, seen = data._put, []
+    real, seen = data.replacing, []
 
-    def failing(path, write):
+    def failing(path):
         seen.append(path.name)
-        return 1 / 0 if seen.count(name) == writes else real(path, write)
-    monkeypatch.setattr(data, "_put", failing)
+        return 1 / 0 if seen.count(name) == writes else real(path)
+    monkeypatch.setattr(data, "replacing", failing)
     with pytest.raises(ZeroDivisionError):
         data.folder(src, 8, out)
     with pytest.raises(data.UserError, match="not prepared"):
         data.load(out)
-    monkeypatch.setattr(data, "_put", real)
+    monkeypatch.setattr(data, "replacing", real)
     if changed:
         Image.new("RGB", (9, 9), "red").save(src / "cats" / "aaa.png")
     data.folder(src, 8, out)

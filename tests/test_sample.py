@@ -129,7 +129,7 @@ def test_samplers_give_the_golden_states_and_pictures(case, golden, golden_net):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("state", [torch.float32, torch.float64])
-def test_a_float32_network_gives_the_golden_pictures_in_the_states_dtype(case, state, golden, golden_net):
+def test_a_float32_network_gives_the_golden_pictures_too(case, state, golden, golden_net):
     result = run_case(case, golden_net.float(), golden, state)
     assert result.dtype == state and off(result, golden[f"{case}/result_f32"]) < 2e-5
 
@@ -459,7 +459,8 @@ def test_two_processes_make_the_folder_that_one_makes(ckpt, cli, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(ckpt), "--num", "7",
-               "--classes", "random", "--device", "cpu", "--trajectory", str(tmp_path / "t.gif"), "--out", f"{tmp_path}/two/"]
+               "--classes", "random", "--device", "cpu", "--trajectory",
+               str(tmp_path / "t.gif"), "--out", f"{tmp_path}/two/"]
     ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
         **ENV, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port)}) for r in range(2)]
@@ -554,5 +555,5 @@ def test_every_wrong_call_ends_in_one_line_and_status_2(ckpt, tmp_path):
     for (argv, expected), (status, out, err) in zip(wrong, results):
         assert (status, out) == (2, "") and err.count("\n") == 1, (argv, status, out, err)
         assert expected in err and err.startswith("sample.py: error: "), (argv, err)
-    assert sorted(tmp_path.rglob("*")) == before                 # nothing made, nothing lost, nothing run
+    assert sorted(tmp_path.rglob("*")) == before            # nothing made, nothing lost, nothing run
     assert not [f for f in ROOT.iterdir() if f.name.startswith("grid_")]
