@@ -233,11 +233,11 @@ def draw(recipe, step, shape, device):
     Each process draws it all and keeps its own rows, so the numbers do not depend on how many processes there are.
     Times and coins stay on the CPU (see loss.py), the noise is made on the device.
     """
-    host = data.generator(recipe["seed"], step)
-    t, r = sample_times(recipe["batch"], recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"], host)
-    e = torch.randn(recipe["batch"], *shape, generator=data.generator(recipe["seed"], step, 1, device=device),
-                    device=device)
-    return {"t": t, "r": r, "drop": torch.rand(recipe["batch"], generator=host), "e": e}
+    B, key = recipe["batch"], (0, recipe["seed"], step)         # four integers in all, unlike any key of sample.py
+    host, noise = data.generator(*key, 0), data.generator(*key, 1, device=device)
+    t, r = sample_times(B, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"], host)
+    return {"t": t, "r": r, "drop": torch.rand(B, generator=host),                          # each (B,)
+            "e": torch.randn(B, *shape, generator=noise, device=device)}                    # (B, C, H, W)
 
 
 # ---- processes, checkpoints ------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ SHORT = [*TEN, "--steps", "3", "--preview-every", "3"]
 SERVER = """
 import json, os, runpy, signal, sys
 sys.path.insert(0, sys.argv[1])
-import data, fid, loss, train
+import data, fid, loss, train, torch._dynamo        # the last one is what torch.optim imports late
 for line in sys.stdin:
     ask = json.loads(line)
     if "wait" in ask:
@@ -92,6 +92,10 @@ def compared(run):
     (run.out / ("rank%d.txt" % run.rank)).write_text(str(all(torch.equal(mine, other) for other in everyone)))
     return finished
 train.train = compared
+"""
+BARE = """
+import sample, train
+train.preview = train.curve = sample.trajectory = lambda *args: None
 """
 SLOW = """
 import time
@@ -357,12 +361,15 @@ def test_another_run_is_not_replaced_by_a_resumed_one(lab, ten, tmp_path):
 
 
 def test_a_finished_run_that_is_resumed_says_so(lab, ten, tmp_path):
-    shutil.copy(ten.one / "ckpt.pt", tmp_path / "ckpt.pt")
+    for name in ("ckpt.pt", "log.jsonl"):
+        shutil.copy(ten.one / name, tmp_path / name)
     before = contents(tmp_path)
-    for command in (["--resume", "--out", tmp_path], ["--resume", "auto", "--out", tmp_path],
-                    ["--resume", ten.one / "ckpt.pt", "--out", tmp_path / "other"]):
-        lab.run(*command).ok()
-    assert contents(tmp_path)[Path("ckpt.pt")] == before[Path("ckpt.pt")]
+    for how in (["--resume"], ["--resume", "auto"]):        # draws its pictures again, and is no error for a scheduler
+        assert "resuming at step 10 of 10" in lab.run(*how, "--out", tmp_path).ok().out
+    assert (tmp_path / "curve.png").exists() and (tmp_path / "trajectory.gif").exists()
+    assert all(contents(tmp_path)[path] == content for path, content in before.items())
+    lab.run("--resume", ten.one / "ckpt.pt", "--out", tmp_path / "other").one_line("all its 10 steps", "--steps")
+    assert not (tmp_path / "other").exists()
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
@@ -513,8 +520,10 @@ def test_init_from_takes_what_fits_and_says_what_does_not(ten, tmp_path, capsys)
 
 
 def test_init_from_something_that_does_not_fit(lab, ten, tmp_path):
-    lab.run(*TEN, "--model", "S/8", "--init-from", ten.one / "ckpt.pt", "--out", tmp_path / "a",
-            hook="").one_line("fits")
+    torch.save({"format": "alphaflow-1", "net": {}, "ema": {"w": torch.zeros(3)}, "config": {}}, tmp_path / "w.pt")
+    lab.run(*TEN, "--init-from", tmp_path / "w.pt", "--out", tmp_path / "a").one_line("not one tensor fits")
+    lab.run("--resume", tmp_path / "w.pt", "--out", tmp_path / "a").one_line("no training state")
+    lab.run("--resume", ten.one / "step5.pt", "--init-from", ten.one / "ckpt.pt", "--out", tmp_path / "a").one_line("--init-from")
     assert not (tmp_path / "a").exists()
 
 
@@ -527,7 +536,7 @@ def resolved(*flags):
 PUBLISHED = dict(data="imagenet256", flip=False, steps=400_000, batch=256, alpha_schedule="sigmoid",
                  alpha_window=(0, 1), alpha_start=1, alpha_end=0, alpha_gamma=25, alpha_clamp=0.005, fm_ratio=0.5,
                  omega=1, kappa=0, t_min=0, t_max=1, label_drop=0, time_mean=-0.4, time_std=1, clip=4, c=1e-3,
-                 shrink_c=False, lr=1e-4, lr_decay="constant", warmup=10_000, beta1=0.9, beta2=0.95, grad_clip=16,
+                 shrink_c=False, lr=1e-4, lr_decay="constant", lr_tail=1, warmup=10_000, beta1=0.9, beta2=0.95, grad_clip=16,
                  ema_half_life=6931, ema_ramp=0.05)
 XL = dict(steps=1_200_000, alpha_window=(0.5, 0.83333333), omega=0.2, kappa=0.92, t_max=0.75, label_drop=0.1)
 ALPHA_0 = dict(alpha_schedule="constant", alpha_start=0)
@@ -606,10 +615,12 @@ def test_flags_that_would_silently_do_something_else(flags):
 def test_the_learning_rate():
     recipe = resolved("--steps", 100, "--lr", 2.0, "--warmup", 10, "--lr-decay", "constant")
     assert [train.lr_at(recipe, k) for k in (0, 4, 9, 10, 99)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0])
-    recipe = resolved("--steps", 100, "--lr", 2.0, "--warmup", 0, "--lr-decay", "cosine")
+    recipe = resolved("--steps", 100, "--lr", 2.0, "--warmup", 0, "--lr-decay", "cosine", "--lr-tail", 1)
     assert [train.lr_at(recipe, k) for k in (0, 25, 50, 75)] == \
         pytest.approx([2, 1 + math.cos(math.pi / 4), 1, 1 - math.cos(math.pi / 4)])
     assert 0 < train.lr_at(recipe, 99) < 1e-2
+    recipe = resolved("--steps", 100, "--lr", 2.0, "--warmup", 10, "--lr-decay", "linear", "--lr-tail", 0.2)
+    assert [train.lr_at(recipe, k) for k in (4, 79, 80, 90, 95)] == pytest.approx([1.0, 2.0, 2.0, 1.0, 0.5])
 
 
 def test_the_averaged_weights():
@@ -694,7 +705,7 @@ def test_every_objective_runs(lab, tmp_path):
                     for a in ("0", "0.5"))]
     for i in range(0, len(objectives), 2):
         results = lab.run_all(*([*SHORT, *flags, "--out", tmp_path / f"{i + j}"]
-                                for j, flags in enumerate(objectives[i:i + 2])))
+                                for j, flags in enumerate(objectives[i:i + 2])), hook=BARE)
         for j, result in enumerate(results):
             result.ok()
             rows = log(tmp_path / f"{i + j}")
