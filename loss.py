@@ -1,40 +1,44 @@
-"""The α-Flow objective (Zhang et al., "AlphaFlow: Understanding and Improving MeanFlow Models", arXiv 2510.20771).
+"""The α-Flow objective.
 
-A network u(z, t, r, y) learns the *average velocity* of the jump from time t down to time r, so that one or two jumps
-take noise (t = 1) to data (t = 0). With x data, e noise and Δ = t - r,
+Zhang et al., "AlphaFlow: Understanding and Improving MeanFlow Models", arXiv 2510.20771 (ICLR 2026).
 
-    z = (1-t)·x + t·e      v = e - x      z_r ≈ z - Δ·u(z, t, r, y)
+A network u(z, t, r, y) learns the *average velocity* of the jump from time t down to time r, so that
+one or two jumps take noise (t = 1) to data (t = 0). With x data, e noise and Δ = t - r,
+
+    z = (1-t)·x + t·e        v = e - x        z_r ≈ z - Δ·u(z, t, r, y)
 
 and the regression target is, for a number α in (0, 1],
 
-    u_target = α·v + (1-α)·u(z - αΔ·v, t - αΔ, r, y)            walk the share α of the jump along v, then jump the rest
+    u_target = α·v + (1-α)·u(z - αΔ·v, t - αΔ, r, y)
 
-α = 1 is trajectory flow matching, α = 1/2 the Shortcut model, and α → 0 tends to MeanFlow, u_target = v - Δ·du/dt.
-A curriculum anneals α from 1 to 0. Rows with r = t learn v itself: plain flow matching.
+that is: walk the share α of the jump along v, then let the network jump the rest. α = 1 is trajectory
+flow matching, α = 1/2 the Shortcut model, and α → 0 tends to MeanFlow, u_target = v - Δ·du/dt. A
+curriculum anneals α from 1 to 0. Rows with r = t learn v itself, which is plain flow matching.
 
-The functions stand in the order in which a training step uses them, and take any callable net(z, t, r, y) -> u.
-Letters are the paper's. Images are (B, C, H, W), times and labels (B,). Times and labels are best left on the CPU:
-which rows need which network pass is then known without making a GPU wait, and only the sums run on the device.
+The functions stand in the order in which a training step uses them, and take any callable
+net(z, t, r, y) -> u. Letters are the paper's. Images are (B, C, H, W), times and labels (B,).
+Times and labels are best left on the CPU: which rows need which network pass is then known without
+making a GPU wait, and only the sums run on the device.
 
-    python loss.py --ckpt out/digits/ckpt.pt        # how strongly the objective's two halves pull against each other
+    python loss.py --ckpt out/digits/ckpt.pt      # do the two halves of the objective pull apart?
 """
 import math
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# ---- 1. the curriculum: which α at which step ------------------------------------------------------
+
 SCHEDULES = ("constant", "step", "linear", "log", "exponential", "sigmoid", "cosine")
 
-
-# ---- 1. the curriculum: which α at which step ------------------------------------------------------------------------
 
 def alpha_at(step, steps, schedule, window=(0.0, 1.0), start=1.0, end=0.0, gamma=25.0, clamp=0.005):
     """α for step 0 <= `step` < `steps` (α-Flow §4 and appendix; `cosine` is ours).
 
-    window: where α moves, as fractions of the run (0, 1), so that a shorter run still ends where it should. Before it
-    α = start, after it α = end; `constant` stays at start, `step` jumps from start to end where the window begins.
-    gamma: the steepness of sigmoid and exponential. clamp: η; α < η snaps to 0 and α > 1 - η to 1.
-    Returns a float in [0, 1]. Raises ValueError for values that describe no schedule.
+    window: where α moves, as fractions of the run (0, 1), so that a shorter run still goes through it.
+    Before it α = start, after it α = end; `constant` stays at start, `step` jumps from start to end
+    where the window begins. gamma: the steepness of sigmoid and exponential. clamp: η; α < η snaps
+    to 0 and α > 1-η to 1. Returns a float in [0, 1]. ValueError for what describes no schedule.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown alpha schedule {schedule!r}: give one of {', '.join(SCHEDULES)}")
@@ -45,12 +49,13 @@ def alpha_at(step, steps, schedule, window=(0.0, 1.0), start=1.0, end=0.0, gamma
     if not gamma > 0:
         raise ValueError(f"gamma must be positive, got {gamma}")
     if steps < 1 or not 0 <= window[0] <= window[1] <= 1:
-        raise ValueError(f"the alpha window is two fractions of the run, 0 <= first <= second <= 1, got {window} "
-                         f"of {steps} steps")
+        raise ValueError(f"the alpha window is two fractions of the run, 0 <= first <= second <= 1, "
+                         f"got {window} of {steps} steps")
     if schedule not in ("constant", "step") and window[0] == window[1]:
-        raise ValueError(f"the alpha window {window} is empty: {schedule} has no time to move (or choose step)")
+        raise ValueError(f"the alpha window {window} is empty: {schedule} has no time to move in it")
     if schedule == "exponential" and not (start > 0 and end > 0):
-        raise ValueError(f"an exponential cannot reach 0: start and end must be positive, got {start} and {end}")
+        raise ValueError(f"an exponential cannot reach 0: start and end must be positive, got {start} "
+                         f"and {end}")
 
     # Rounded because 0.07 · 100 is 7.000000000000001, and step 7 is inside that window.
     first, last = (round(fraction * steps, 6) for fraction in window)
@@ -70,25 +75,26 @@ def alpha_at(step, steps, schedule, window=(0.0, 1.0), start=1.0, end=0.0, gamma
     return 0.0 if alpha < clamp else 1.0 if alpha > 1 - clamp else float(alpha)
 
 
-# ---- 2. times and labels ---------------------------------------------------------------------------------------------
+# ---- 2. times and labels ---------------------------------------------------------------------------
 
 def sample_times(n, fm_ratio, mean=-0.4, std=1.0, generator=None):
-    """Times for n rows: t, r with r <= t, both (n,) float32 on the CPU (α-Flow §5.1; logit-normal as in SD3).
+    """Times for n rows: t, r with r <= t, both (n,) float32 on the CPU (α-Flow §5.1).
 
-    The first int(n·fm_ratio) rows have r = t ~ sigmoid(N(mean, std²)); the others draw two such times, t the later one.
-    Raises ValueError if fm_ratio is outside [0, 1] or std is not positive.
+    The first int(n·fm_ratio) rows have r = t, logit-normal: sigmoid(N(mean, std²)). The others draw two
+    such times, t is the later one. ValueError if fm_ratio is outside [0, 1] or std is not positive.
     """
     if not 0 <= fm_ratio <= 1:
         raise ValueError(f"fm_ratio, the share of rows with r = t, must lie in [0, 1], got {fm_ratio}")
     if not std > 0:
-        raise ValueError(f"std must be positive, got {std}")
+        raise ValueError(f"the times' std must be positive, got {std}")
     a, b = torch.sigmoid(mean + std * torch.randn(2, n, generator=generator))
-    b[:int(n * fm_ratio)] = a[:int(n * fm_ratio)]
+    fm = int(n * fm_ratio)
+    b[:fm] = a[:fm]
     return torch.maximum(a, b), torch.minimum(a, b)
 
 
 def drop_labels(y, t, drop, null, t_min=0.0, t_max=1.0):
-    """Labels with the null label in the rows where `drop` holds and t_min < t < t_max (α-Flow's rule: only there).
+    """Labels with the null label in rows where `drop` holds and t_min < t < t_max (α-Flow: only there).
 
     y: (B,) int64, left as it is: a new tensor is returned. t: (B,). drop: (B,) bool.
     """
@@ -99,7 +105,7 @@ def inside(t, t_min, t_max):
     return (t_min < t) & (t < t_max)                                                # strict, as published
 
 
-# ---- 3. the velocity, guided -----------------------------------------------------------------------------------------
+# ---- 3. the velocity, guided -----------------------------------------------------------------------
 
 @torch.no_grad()
 def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u=None):
@@ -107,30 +113,32 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
 
         v_guided = ω·v + κ·u(z, t, t, y) + (1-ω-κ)·u(z, t, t, null)
 
-    z, v: (B, C, H, W). t, y: (B,). null: the index of the null label. Returns (B, C, H, W) without gradient.
-    r, u: the times and the prediction u(z, t, r, y), if already computed; rows with r = t are then not run again.
-    Only the rows that need it go through the network, and in one call. For a dropped row (y = null) the two passes are
-    the same one, so its target is ω·v + (1-ω)·u(z, t, t, null).
+    Rows outside keep v. z, v: (B, C, H, W). t, y: (B,). null: the index of the null label.
+    r, u: the end times and the prediction u(z, t, r, y), given together if at hand; rows with r = t
+    are then not run again. Returns (B, C, H, W), without gradient.
+
+    Only rows that need it go through the network, all in one call. For a row without a label (y = null)
+    the two passes are one and the same, so its target is ω·v + (1-ω)·u(z, t, t, null).
     """
     if omega == 1 and kappa == 0:
         return v
-    guided, dropped = inside(t, t_min, t_max).cpu(), (y == null).cpu()              # from here on plans are host-side
-    known = (r == t).cpu() if u is not None else torch.zeros_like(guided)
-    rest = 1 - omega - kappa                            # the null branch's share; 0.7 + 0.3 is 1 only up to rounding
-    rest = 0.0 if abs(rest) < 1e-6 else rest
-    k_y = kappa + rest * dropped.double()               # (B,) coefficient of u(z, t, t, y) ...
-    k_null = rest * (~dropped).double()                 # ... and of u(z, t, t, null)
+    guided, unlabelled = inside(t, t_min, t_max).cpu(), (y == null).cpu()           # plans are made on the host
+    known = torch.zeros_like(guided) if u is None else (r == t).cpu()
+    rest = 1 - omega - kappa                            # the null branch's share; 0.7 + 0.3 is 1
+    rest = 0.0 if abs(rest) < 1e-6 else rest            # only up to rounding
+    k_y = kappa + rest * unlabelled.double()            # (B,) coefficient of u(z, t, t, y) ...
+    k_null = rest * (~unlabelled).double()              # (B,) ... and of u(z, t, t, null)
 
     rows_y = (guided & ~known & (k_y != 0)).nonzero().squeeze(1)
     rows_null = (guided & (k_null != 0)).nonzero().squeeze(1)
-    u_y = torch.zeros_like(v) if u is None else u.detach().to(v.dtype, copy=True)   # right where known; overwritten
+    u_y = torch.zeros_like(v) if u is None else u.detach().to(v.dtype, copy=True)
     u_null = torch.zeros_like(v)
     if len(rows_y) + len(rows_null):
         labels = torch.cat([y.cpu()[rows_y], torch.full_like(rows_null, null)])
         rows, labels = on(z, torch.cat([rows_y, rows_null]), labels)
         t_rows = on(z, t)[rows]
         out = net(z[rows], t_rows, t_rows, labels).to(v.dtype)
-        u_y.index_copy_(0, rows[:len(rows_y)], out[:len(rows_y)])
+        u_y.index_copy_(0, rows[:len(rows_y)], out[:len(rows_y)])                   # where r < t, u is not it
         u_null.index_copy_(0, rows[len(rows_y):], out[len(rows_y):])
 
     guided, k_y, k_null = on(z, guided, k_y, k_null)
@@ -138,13 +146,14 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
     return torch.where(column(guided, v), mixed, v)
 
 
-# ---- 4. the target ---------------------------------------------------------------------------------------------------
+# ---- 4. the target ---------------------------------------------------------------------------------
 
 def du_dt(net, z, t, r, v, y):
-    """The total derivative of u along the trajectory, ∂u/∂z·v + ∂u/∂t, at fixed r: (B, C, H, W) (MeanFlow eq. 8).
+    """The total derivative of u along the trajectory at fixed r, ∂u/∂z·v + ∂u/∂t (MeanFlow eq. 8).
 
-    One forward-mode product. PyTorch has no forward-mode rule for its fused attention kernels, so attention runs as
-    plain matrix products here, and only here.
+    z, v: (B, C, H, W). t, r, y: (B,). Returns (B, C, H, W), from one forward-mode product. PyTorch has
+    no forward-mode rule for its fused attention kernels, so attention runs as plain matrix products
+    here, and only here.
     """
     with sdpa_kernel(SDPBackend.MATH):
         _, derivative = torch.func.jvp(lambda z, t, r: net(z, t, r, y), (z, t, r),
@@ -156,17 +165,17 @@ def du_dt(net, z, t, r, v, y):
 def u_target(net, z, t, r, v, y, alpha, clip=4.0, derivative=du_dt):
     """What u(z, t, r, y) should have been: (B, C, H, W), without gradient (α-Flow eq. 9 and appendix).
 
-        r = t                 v
-        r < t, 0 < α <= 1     clip( α·v + (1-α)·u(z - αΔ·v, t - αΔ, r, y), ±clip )        Δ = t - r
-        r < t, α = 0          v - Δ·du/dt                                                  (not clipped)
+        r = t               v
+        r < t, α > 0        clip( α·v + (1-α)·u(z - αΔ·v, t - αΔ, r, y), ±clip )       Δ = t - r
+        r < t, α = 0        v - Δ·du/dt                                                (not clipped)
 
-    z, v: (B, C, H, W), v guided or not. t, r, y: (B,); rows with r = t and r < t may come in any mixture and order.
-    derivative: how to compute du/dt, for a compiled or differently rounded one.
-    Raises ValueError if alpha is outside [0, 1].
+    z, v: (B, C, H, W), v guided or not. t, r, y: (B,); rows of both kinds in any mixture and order.
+    derivative: how to compute du/dt, for one that is compiled or rounded differently.
+    ValueError if alpha is outside [0, 1].
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    rows = (t != r).cpu().nonzero().squeeze(1)          # the rows that jump, picked on the host; the others keep v
+    rows = (t != r).cpu().nonzero().squeeze(1)          # the rows that jump, picked on the host
     if not len(rows):
         return v
     rows, t, r, y = on(z, rows, t, r, y)
@@ -177,26 +186,26 @@ def u_target(net, z, t, r, v, y, alpha, clip=4.0, derivative=du_dt):
     else:
         target = alpha * v_j
         if alpha < 1:
-            step = alpha * delta
-            u_next = net(z_j - column(step, v) * v_j, t_j - step, r_j, y_j)
-            # Not ((αΔ)·v + (s-r)·u_next)/Δ, which is the same on paper: when r is near t, s - r loses all its digits.
+            walk = alpha * delta
+            u_next = net(z_j - column(walk, v) * v_j, t_j - walk, r_j, y_j)
+            # Not (αΔ·v + (t-αΔ-r)·u_next)/Δ, the same on paper: for r near t, t-αΔ-r loses its digits.
             target = target + (1 - alpha) * u_next
         target = target.clamp(-clip, clip)
-    return v.index_copy(0, rows, target.to(v.dtype))
+    return v.index_copy(0, rows, target.to(v.dtype))    # the other rows keep v
 
 
-# ---- 5. the loss -----------------------------------------------------------------------------------------------------
+# ---- 5. the loss -----------------------------------------------------------------------------------
 
 def adaptive_weight(err, alpha=0.0, jump=None, c=1e-3, shrink_c=False):
-    """The weight of each row's error, without gradient: (B,) (MeanFlow §4.3 with p = 1, α-Flow eq. 11).
+    """The weight of each row's error: (B,), without gradient (MeanFlow §4.3 with p = 1; α-Flow eq. 11).
 
         1 / (err + c)          rows with r = t, and all rows at α = 0
         α / (err + c)          rows with r < t at α > 0
 
-    err: (B,) mean squared errors. jump: (B,) bool, True where r < t; None means no row.
-    shrink_c uses c·α² in the second line. Near the end of the curriculum err ~ α² there, and a fixed c starves these
-    rows: their gradient falls to 0.22 (α = 0.01) of MeanFlow's and jumps back to 1 when α snaps to 0. With c·α² it
-    stays within 0.5 % of 1 for α <= 1/2. The published rule is the default.
+    err: (B,) mean squared errors. jump: (B,) bool, True where r < t; None means nowhere.
+    shrink_c uses c·α² in the second line. Near the end of the curriculum err ~ α² there, and a fixed c
+    starves these rows: their gradient falls to 0.22 of MeanFlow's at α = 0.01, then jumps back to 1 when
+    α snaps to 0. With c·α² it stays within 0.5 % of 1 for α <= 1/2. The published rule is the default.
     """
     err = err.detach()
     weight = 1 / (err + c)
@@ -209,26 +218,33 @@ def alpha_flow_loss(net, x, y, alpha, *, e=None, t=None, r=None, drop=None, gene
                     fm_ratio=0.5, mean=-0.4, std=1.0,
                     omega=1.0, kappa=0.0, t_min=0.0, t_max=1.0, label_drop=0.0, null=None,
                     clip=4.0, c=1e-3, shrink_c=False, target_net=None, derivative=du_dt):
-    """The α-Flow training loss of a batch: (loss, stats). loss is a scalar to call backward() on.
+    """The training loss of a batch: (loss, stats), loss a scalar to call backward() on (α-Flow §4).
 
-    x: (B, C, H, W) data, about unit scale. y: (B,) int64 labels, never changed. alpha: from alpha_at.
-    e (B, C, H, W), t, r, drop (B,): noise, times and the uniform numbers that drop labels, drawn from `generator`
-    where not given. fm_ratio, mean, std: see sample_times. omega, kappa, t_min, t_max: see guided_velocity;
-    label_drop: probability of the null label inside that interval; both need `null`, its index.
-    net makes the prediction (under DDP: the wrapped model, or gradients are never averaged); target_net, by default
-    the same, makes the targets (under DDP: the bare model, as no gradient flows there).
-    stats: detached scalars for the log, means over the batch, so that they average over micro-batches and ranks:
-      err            mean squared error, = L_TFM + L_TC + a constant
-      loss_fm, loss_jump  the parts of the loss from rows with r = t and r < t; they add up to it
-      L_TFM, L_TC    trajectory flow matching |u - v|², and consistency 2·(v - u_target)·u (α-Flow eq. 7)
-      clipped        share of the target's entries at the clip
-      tangent        mean |Δ·du/dt|, exact at α = 0, by finite difference along the step αΔ above; 0 at α = 1
-    Raises ValueError for an alpha outside [0, 1] or a missing null label.
+    x: (B, C, H, W) data, about unit scale. y: (B,) int64 labels, never changed. alpha: see alpha_at.
+    e (B, C, H, W), t, r, drop (B,): the noise, the times and the uniform numbers that drop labels;
+    drawn from `generator` where not given. fm_ratio, mean, std: see sample_times.
+    omega, kappa, t_min, t_max: see guided_velocity. label_drop: probability of the null label inside
+    that interval. null: its index, needed by both. clip, derivative: see u_target. c, shrink_c: see
+    adaptive_weight.
+    net makes the prediction; under DDP the wrapped model, or gradients are never averaged. target_net,
+    by default the same, makes the targets; under DDP the bare model, for no gradient flows there.
+
+    stats: detached scalars for the log, means over the batch, so that they average over micro-batches
+    and processes:
+      err              mean squared error, = L_TFM + L_TC + a constant
+      loss_fm, loss_jump   the parts of the loss from rows with r = t and r < t; they add up to it
+      L_TFM, L_TC      trajectory flow matching |u - v|², consistency 2·(v - u_target)·u (α-Flow eq. 7)
+      clipped          share of the target's entries at the clip
+      tangent          mean |Δ·du/dt|: exact at α = 0, a finite difference along αΔ above, 0 at α = 1
+    ValueError for an alpha outside [0, 1], a missing null, or one of t and r without the other.
     """
     if null is None and (label_drop > 0 or (omega, kappa) != (1, 0)):
         raise ValueError("guidance and label dropping need null, the index of the null label")
+    if (t is None) != (r is None):
+        raise ValueError("give both t and r, or neither")
     target_net = net if target_net is None else target_net
-    e = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) if e is None else e
+    if e is None:
+        e = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     if t is None:
         t, r = sample_times(len(x), fm_ratio, mean, std, generator)
     if label_drop > 0:
@@ -236,66 +252,72 @@ def alpha_flow_loss(net, x, y, alpha, *, e=None, t=None, r=None, drop=None, gene
         y = drop_labels(y, t, drop.to(y.device) < label_drop, null, t_min, t_max)
 
     t_x, r_x, y_x = on(x, t, r, y)
-    z = column(1 - t_x, x) * x + column(t_x, x) * e                                         # (B, C, H, W)
-    u = net(z, t_x, r_x, y_x)                                                               # (B, C, H, W)
+    z = column(1 - t_x, x) * x + column(t_x, x) * e                                 # (B, C, H, W)
+    u = net(z, t_x, r_x, y_x)                                                       # (B, C, H, W)
     v = guided_velocity(target_net, z, t, e - x, y, omega, kappa, t_min, t_max, null, r, u)
     target = u_target(target_net, z, t, r, v, y, alpha, clip, derivative)
 
     jump = t_x != r_x
-    err = (u - target).square().flatten(1).mean(1)                                          # (B,)
-    rows = adaptive_weight(err, alpha, jump, c, shrink_c) * err                             # (B,)
+    err = (u - target).square().flatten(1).mean(1)                                  # (B,)
+    rows = adaptive_weight(err, alpha, jump, c, shrink_c) * err                     # (B,)
     loss = rows.mean()
-
-    with torch.no_grad():
-        stats = {"err": err.mean(), "loss_fm": (rows * ~jump).mean(), "loss_jump": (rows * jump).mean(),
-                 "L_TFM": (u - v).square().mean(), "L_TC": (2 * (v - target) * u).mean(),
-                 "clipped": ((target.abs() >= clip) & column(jump, u)).float().mean() if alpha > 0 else err.new_zeros(()),
-                 "tangent": tangent(u, v, target, alpha, jump)}
-    return loss, {name: value.detach() for name, value in stats.items()}
+    return loss, statistics(u.detach(), v, target, err.detach(), rows.detach(), alpha, jump, clip)
 
 
-def tangent(u, v, target, alpha, jump):
-    """mean |Δ·du/dt| from what the loss has at hand, solved from each line of u_target: a scalar."""
+def statistics(u, v, target, err, rows, alpha, jump, clip):
+    """The `stats` of alpha_flow_loss, from what it has at hand: no further pass through the network."""
+    at_clip = (target.abs() >= clip) & column(jump & (alpha > 0), u)
     if alpha == 1:
-        return u.new_zeros(())
-    rate = v - target if alpha == 0 else ((1 - alpha) * u + alpha * v - target) / (alpha * (1 - alpha))
-    return (rate.abs() * column(jump, u)).mean()
+        rate = torch.zeros_like(u)                      # the target holds no trace of du/dt
+    elif alpha == 0:
+        rate = v - target
+    else:                                               # u_target solved for (u - u_next)/α
+        rate = ((1 - alpha) * u + alpha * v - target) / (alpha * (1 - alpha))
+    return {"err": err.mean(), "loss_fm": (rows * ~jump).mean(), "loss_jump": (rows * jump).mean(),
+            "L_TFM": (u - v).square().mean(), "L_TC": (2 * (v - target) * u).mean(),
+            "clipped": at_clip.float().mean(), "tangent": (rate.abs() * column(jump, u)).mean()}
 
 
-# ---- 6. do the two halves pull against each other? -------------------------------------------------------------------
+# ---- 6. do the two halves pull against each other? -------------------------------------------------
 
-def gradient_conflict(net, x, y, alpha=0.0, *, e=None, t=None, r=None, generator=None, mean=-0.4, std=1.0,
-                      omega=1.0, kappa=0.0, t_min=0.0, t_max=1.0, null=None, clip=4.0):
-    """Cosines between the gradients of the objective's parts on one batch: a dict of floats (α-Flow §3, figure 2).
+def gradient_conflict(net, x, y, alpha=0.0, *, e=None, t=None, r=None, generator=None, mean=-0.4,
+                      std=1.0, omega=1.0, kappa=0.0, t_min=0.0, t_max=1.0, null=None, clip=4.0):
+    """Cosines between the gradients of the objective's parts on one batch: a dict of floats (α-Flow §3).
 
-    The squared error splits exactly into L_TFM + L_TC + const, with L_TFM = |u - v|² and L_TC = 2·(v - u_target)·u.
-    L_FM' is flow matching on the same z and t with r = t. All three gradients come from one forward of both halves.
+    The squared error splits exactly into L_TFM + L_TC + const, with L_TFM = |u - v|² and
+    L_TC = 2·(v - u_target)·u. L_FM' is flow matching at the same z and t with r = t. One forward pass
+    gives all three gradients:
         cos_tfm_tc     the conflict: strongly negative in MeanFlow training
-        cos_fm_tc      much weaker, which is why rows with r = t help
+        cos_fm_tc      that of L_FM', much weaker, which is why rows with r = t help
         cos_tfm_fm
-    Read with care: where the sum is stationary its gradients cancel, so cos_tfm_tc is -1 there whatever the method.
-    net: a torch.nn.Module. x: (B, C, H, W). y: (B,). By default every row has r < t. Others as in alpha_flow_loss.
+    Read with care: where the sum is stationary its two gradients cancel, so cos_tfm_tc = -1 there,
+    whatever the method.
+    net: a torch.nn.Module. x: (B, C, H, W). y: (B,). By default all rows have r < t. The rest is as in
+    alpha_flow_loss.
     """
-    e = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) if e is None else e
+    if e is None:
+        e = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     if t is None:
         t, r = sample_times(len(x), 0.0, mean, std, generator)
     t_x, r_x, y_x = on(x, t, r, y)
-    z = column(1 - t_x, x) * x + column(t_x, x) * e
-    u, u_fm = net(torch.cat([z, z]), torch.cat([t_x, t_x]), torch.cat([r_x, t_x]), torch.cat([y_x, y_x])).chunk(2)
+    z = column(1 - t_x, x) * x + column(t_x, x) * e                                 # (B, C, H, W)
+    twice = torch.cat([z, z]), torch.cat([t_x, t_x]), torch.cat([r_x, t_x]), torch.cat([y_x, y_x])
+    u, u_fm = net(*twice).chunk(2)
     v = guided_velocity(net, z, t, e - x, y, omega, kappa, t_min, t_max, null)
     target = u_target(net, z, t, r, v, y, alpha, clip)
-    losses = {"tfm": (u - v).square().mean(), "tc": (2 * (v - target) * u).mean(), "fm": (u_fm - v).square().mean()}
+    losses = {"tfm": (u - v).square().mean(), "tc": (2 * (v - target) * u).mean(),
+              "fm": (u_fm - v).square().mean()}
 
     parameters = [p for p in net.parameters() if p.requires_grad]
     gradient = {}
     for name, loss in losses.items():
-        grads = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-        gradient[name] = torch.cat([g.flatten().double() for g in grads])
-    pairs = (("tfm", "tc"), ("fm", "tc"), ("tfm", "fm"))
-    return {f"cos_{a}_{b}": torch.cosine_similarity(gradient[a], gradient[b], dim=0).item() for a, b in pairs}
+        parts = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+        gradient[name] = torch.cat([g.flatten().double() for g in parts])
+    return {f"cos_{a}_{b}": torch.cosine_similarity(gradient[a], gradient[b], dim=0).item()
+            for a, b in (("tfm", "tc"), ("fm", "tc"), ("tfm", "fm"))}
 
 
-# ---- small helpers ---------------------------------------------------------------------------------------------------
+# ---- small helpers ---------------------------------------------------------------------------------
 
 def column(a, like):
     """(B,) as (B, 1, 1, 1), to multiply images."""
@@ -303,7 +325,7 @@ def column(a, like):
 
 
 def on(z, *small):
-    """Small host tensors on z's device, floats in its dtype; from pinned memory, so that a GPU's queue keeps running."""
+    """Small host tensors on z's device, floats in its dtype. Pinned first, or a GPU's queue would drain."""
     moved = []
     for a in small:
         a = a.pin_memory() if z.is_cuda and not a.is_cuda else a
@@ -312,10 +334,12 @@ def on(z, *small):
 
 
 def main():
-    """python loss.py --ckpt CKPT: gradient_conflict over many batches of the checkpoint's own data, as JSON."""
-    import json                                     # the command needs the other files; the objective above does not
+    """gradient_conflict over many batches of a checkpoint's own data, as a table and as JSON."""
+    import json                                         # the command needs these; the objective does not
+
     import numpy as np
     from tqdm import tqdm
+
     import data
     import sample
 
@@ -324,7 +348,7 @@ def main():
     p.add_argument("--alpha", type=float, default=0.0, help="α of the target; 0 is MeanFlow")
     p.add_argument("--batches", type=int, default=100, help="how many batches")
     p.add_argument("--batch", type=int, default=128, help="pictures a batch")
-    p.add_argument("--ema", action="store_true", help="at the averaged weights instead of the trained ones")
+    p.add_argument("--ema", action="store_true", help="at the averaged weights, not the trained ones")
     p.add_argument("--seed", type=int, default=0, help="of batches, noise and times")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
     p.add_argument("--out", help="JSON file (default: CKPT.conflict.json)")
@@ -333,29 +357,33 @@ def main():
         raise ValueError(f"--batches and --batch must be at least 1, got {args.batches} and {args.batch}")
 
     ckpt, device = sample.read(args.ckpt), sample.pick_device(args.device)
-    recipe = ckpt["config"]["recipe"]
+    recipe, weights = ckpt["config"]["recipe"], "ema" if args.ema else "raw"
     dataset = data.load(recipe["data"], seed=args.seed)
-    net, _ = sample.load(args.ckpt, "ema" if args.ema else "raw", device)
+    net, _ = sample.load(args.ckpt, weights, device)
     net.requires_grad_(True)
-    guidance = {k: recipe[k] for k in ("omega", "kappa", "t_min", "t_max", "clip")} | {"null": net.config.classes}
+    guidance = {k: recipe[k] for k in ("omega", "kappa", "t_min", "t_max", "clip")}
     rows = []
     for k in tqdm(range(args.batches), disable=None):
-        x, y = dataset.batch(k, 0, 1, args.batch)
+        x, y = dataset.batch(k, batch_size=args.batch)
         e = torch.randn(x.shape, generator=data.generator(args.seed, k, 1)).to(device)
-        t, r = sample_times(len(x), 0.0, recipe["time_mean"], recipe["time_std"], data.generator(args.seed, k))
-        rows.append(gradient_conflict(net, x.to(device), y, args.alpha, e=e, t=t, r=r, **guidance))
+        t, r = sample_times(len(x), 0.0, recipe["time_mean"], recipe["time_std"],
+                            data.generator(args.seed, k))
+        rows.append(gradient_conflict(net, x.to(device), y, args.alpha, e=e, t=t, r=r,
+                                      null=net.config.classes, **guidance))
 
-    summary = {name: {"mean": float(np.mean([row[name] for row in rows])),
-                      **{f"p{q}": float(np.percentile([row[name] for row in rows], q)) for q in (5, 95)}}
-               for name in rows[0]}
-    for name, value in summary.items():
-        print(f"{name:12s} mean {value['mean']:+.3f}    5 % {value['p5']:+.3f}    95 % {value['p95']:+.3f}")
-    out = args.out or str(args.ckpt) + ".conflict.json"
+    cosines = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        low, high = np.percentile(values, [5, 95])
+        cosines[name] = {"mean": float(np.mean(values)), "p5": float(low), "p95": float(high)}
+        print(f"{name:12s} mean {np.mean(values):+.3f}    5 % {low:+.3f}    95 % {high:+.3f}")
+    out = args.out or f"{args.ckpt}.conflict.json"
     with open(out, "w") as file:
-        json.dump({"ckpt": str(args.ckpt), "step": ckpt["step"], "weights": "ema" if args.ema else "raw",
-                   "alpha": args.alpha, "batches": args.batches, "batch": args.batch, "seed": args.seed,
-                   "cosines": summary}, file, indent=1)
-    print(f"{args.batches} batches of {args.batch} at alpha {args.alpha:g}, step {ckpt['step']}: written to {out}")
+        json.dump({"ckpt": str(args.ckpt), "step": ckpt["step"], "weights": weights, "alpha": args.alpha,
+                   "batches": args.batches, "batch": args.batch, "seed": args.seed, "cosines": cosines},
+                  file, indent=1)
+    print(f"{args.batches} batches of {args.batch}, alpha {args.alpha:g}, {weights} weights of step "
+          f"{ckpt['step']}: written to {out}")
 
 
 if __name__ == "__main__":

@@ -171,34 +171,36 @@ def resolve(args, saved=None):
     if args.alpha_schedule == "step" and args.alpha_window is None:
         recipe["alpha_window"] = (0.5, 0.5)             # in the whole-run window the step would be at step 0
 
-    for name, value in recipe.items():
-        if value != value:
-            raise ValueError(f"--{name.replace('_', '-')} must be a number, got {value}")
-    if recipe["seed"] >= 2**64:
-        raise ValueError(f"--seed must be below 2**64, got {recipe['seed']}")
+    reports = {k: getattr(args, k) for k in ("accumulate", "log_every", "preview_every", "save_every")}
+    check({**recipe, **{k: v for k, v in reports.items() if v is not None}})
+    return recipe
+
+
+LIMITS = {                  # what a setting must do: the test, and the settings it holds for
+    "be positive": (lambda v: v > 0, "steps batch accumulate log_every preview_every save_every lr lr_tail beta1 beta2 "
+                                     "grad_clip ema_half_life clip c"),
+    "not be negative": (lambda v: v >= 0, "warmup ema_ramp seed"),
+    "be below 1": (lambda v: v < 1, "beta1 beta2 label_drop"),
+    "lie in [0, 1]": (lambda v: 0 <= v <= 1, "label_drop lr_tail"),
+    "be below 2**64": (lambda v: v < 2**64, "seed"),
+    "be a number": (lambda v: v == v, "omega kappa t_min t_max time_mean"),
+    "be constant, linear or cosine": (lambda v: v in ("constant", "linear", "cosine"), "lr_decay"),
+}
+
+
+def check(recipe):
+    """ValueError, in one line, for the first setting that makes no sense."""
+    for demand, (holds, names) in LIMITS.items():
+        for name in names.split():
+            if name in recipe and not holds(recipe[name]):
+                raise ValueError(f"--{name.replace('_', '-')} must {demand}, got {recipe[name]}")
+    if not recipe["t_min"] < recipe["t_max"]:
+        raise ValueError(f"guidance needs --t-min < --t-max, got {recipe['t_min']} and {recipe['t_max']}")
     if recipe["alpha_schedule"] != "constant" and recipe["alpha_start"] == recipe["alpha_end"]:
         raise ValueError(f"--alpha-schedule {recipe['alpha_schedule']} would stand still: --alpha-start and --alpha-end "
                          f"are both {recipe['alpha_end']:g}")
-    for name in ("steps", "batch", "lr", "beta1", "beta2", "grad_clip", "ema_half_life", "clip", "c",
-                 "lr_tail"):
-        if not recipe[name] > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {recipe[name]}")
-    for name in ("warmup", "ema_ramp", "seed"):
-        if recipe[name] < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {recipe[name]}")
-    for name in ("beta1", "beta2", "label_drop"):
-        if not 0 <= recipe[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {recipe[name]}")
-    if recipe["lr_decay"] not in ("constant", "linear", "cosine"):
-        raise ValueError(f"--lr-decay is constant, linear or cosine, got {recipe['lr_decay']!r}")
-    if not recipe["t_min"] < recipe["t_max"]:
-        raise ValueError(f"guidance needs --t-min < --t-max, got {recipe['t_min']} and {recipe['t_max']}")
-    for name in ("accumulate", "log_every", "preview_every", "save_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    alpha_of(recipe, 0)                                                             # both check what they are given
+    alpha_of(recipe, 0)                                                             # these two check what they are given
     sample_times(1, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"])
-    return recipe
 
 
 # ---- the quantities that depend on the step alone --------------------------------------------------------------------

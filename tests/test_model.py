@@ -23,8 +23,8 @@ SMALL = dict(size=8, channels=3, patch=2, dim=32, depth=2, heads=4, classes=5)
 
 def random_net(std=0.15, **changes):
     """Every weight random: in a fresh net, u = 0 and nothing matters."""
-    torch.manual_seed(0)
     net = DiT(DiTConfig(**{**SMALL, **changes}))
+    torch.manual_seed(0)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=std)
     return net

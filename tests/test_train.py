@@ -44,9 +44,10 @@ SHORT = [*TEN, "--steps", "3", "--preview-every", "3"]
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 SERVER = """
-import json, os, runpy, signal, sys
+import gc, json, os, runpy, signal, sys, traceback
 sys.path.insert(0, sys.argv[1])
 import data, fid, loss, train, torch._dynamo        # the last one is what torch.optim imports late
+gc.freeze()
 for line in sys.stdin:
     ask = json.loads(line)
     if "wait" in ask:
@@ -64,11 +65,22 @@ for fd, name, flags in ((0, os.devnull, 0), (1, ask["out"], os.O_WRONLY), (2, as
 os.chdir(ask["cwd"])
 os.environ.update(ask["env"])
 sys.argv = [ask["program"], *ask["args"]]
-if ask["hook"]:
-    exec(ask["hook"])
-    data.run(sys.modules[os.path.basename(ask["program"])[:-3]].main)
-else:
-    runpy.run_path(ask["program"], run_name="__main__")
+status = 0
+try:
+    if ask["hook"]:
+        exec(ask["hook"])
+        data.run(sys.modules[os.path.basename(ask["program"])[:-3]].main)
+    else:
+        runpy.run_path(ask["program"], run_name="__main__")
+except SystemExit as end:                               # what python does with it
+    status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    if isinstance(end.code, str):
+        print(end.code, file=sys.stderr)
+except BaseException:
+    traceback.print_exc()
+    status = 1
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(status)                                        # to take the whole interpreter down costs a second
 """
 
 # What a test may do to a run from inside, as code that is executed before main().
@@ -533,7 +545,7 @@ def resolved(*flags):
     return train.resolve(train.parse_flags([str(f) for f in flags]))
 
 
-PUBLISHED = dict(data="imagenet256", flip=False, steps=400_000, batch=256, alpha_schedule="sigmoid",
+PUBLISHED = dict(data="imagenet256", flip=False, seed=0, steps=400_000, batch=256, alpha_schedule="sigmoid",
                  alpha_window=(0, 1), alpha_start=1, alpha_end=0, alpha_gamma=25, alpha_clamp=0.005, fm_ratio=0.5,
                  omega=1, kappa=0, t_min=0, t_max=1, label_drop=0, time_mean=-0.4, time_std=1, clip=4, c=1e-3,
                  shrink_c=False, lr=1e-4, lr_decay="constant", lr_tail=1, warmup=10_000, beta1=0.9, beta2=0.95, grad_clip=16,
