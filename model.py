@@ -136,7 +136,7 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
 
     def forward(self, z):
-        return self.proj(z).flatten(2).transpose(1, 2)                                  # (B, T, D), row by row
+        return self.proj(z).flatten(2).transpose(1, 2)                                  # (B, T, D), by rows
 
 
 class Attention(nn.Module):

@@ -121,7 +121,7 @@ def test_order_of_rows_does_not_matter(alpha):
 
 
 def test_near_ties_keep_their_digits():
-    """α·v + (1-α)·u_next at t - r = 1e-7 in float32. On paper it is (αΔ·v + (t-αΔ-r)·u_next)/Δ; in float32 it is not."""
+    """α·v + (1-α)·u_next at t - r = 1e-7 in float32. On paper it is (αΔ·v + (t-αΔ-r)·u_next)/Δ; not in float32."""
     alpha, t32 = 0.3, t.float().clamp(max=0.9)
     r32 = t32 - 1e-7
     z32, v32, net = z.float(), v.float(), dit()
@@ -309,7 +309,8 @@ def test_labels_are_dropped_only_inside_the_interval_and_never_in_the_callers_te
     """A share p of the rows with t_min < t < t_max takes the null label; the others, and the caller, keep theirs."""
     n, p = 40_000, 0.1
     many, times = torch.zeros(n, dtype=torch.int64), torch.linspace(0, 1, n)
-    dropped = L.drop_labels(many, times, torch.rand(n, generator=torch.Generator().manual_seed(0)) < p, NULL, 0.25, 0.75)
+    drop = torch.rand(n, generator=torch.Generator().manual_seed(0)) < p
+    dropped = L.drop_labels(many, times, drop, NULL, 0.25, 0.75)
     inside = (times > 0.25) & (times < 0.75)
     assert (dropped[~inside] == 0).all() and (many == 0).all()
     share = (dropped[inside] == NULL).double().mean().item()

@@ -1,9 +1,9 @@
-"""Train a DiT with the α-Flow objective, on one CPU or on many GPUs. The loop itself is in train(), one flat page.
+"""Train a DiT with the α-Flow objective, on one CPU or on many GPUs. The loop is train(), one flat page.
 
-    python train.py                                            # digits, on a laptop, in minutes
-    python train.py --data mnist --model Ti/4                  # after: python data.py mnist
-    python train.py --data data/NAME --model B/4               # after: python data.py folder --src ... --out data/NAME
-    torchrun --nproc_per_node=8 train.py --model XL/2          # ImageNet latents, the paper's recipe
+    python train.py                                        # digits, on a laptop, in minutes
+    python train.py --model Ti/4                           # MNIST, after: python data.py mnist
+    python train.py --data mine --model Mi/4               # after: python data.py folder ... --out data/mine
+    torchrun --nproc_per_node=8 train.py --model XL/2      # ImageNet latents, the paper's recipe
 
 The objective is chosen by two flags:
 
@@ -36,8 +36,8 @@ import sample
 from loss import alpha_at, alpha_flow_loss, du_dt, sample_times
 from model import SIZES, DiT, DiTConfig, build
 
-# ---- recipes ---------------------------------------------------------------------------------------------------------
-# Every setting of a run: its flag, the paper's value for ImageNet-256 (α-Flow §5 and appendix), and what it means.
+# ---- recipes ---------------------------------------------------------------------------------------
+# Every setting of a run: its flag, the paper's value for ImageNet-256 (α-Flow §5, appendix), what it means.
 
 SETTINGS = {
     "data": {
@@ -83,8 +83,9 @@ PAPER = {name: default for group in SETTINGS.values() for name, (default, _) in 
 GUIDED = dict(steps=1_200_000, label_drop=0.1)
 XL_GUIDED = dict(GUIDED, omega=0.2, kappa=0.92, t_max=0.75)
 MEANFLOW = dict(alpha_schedule="constant", alpha_start=0.0)
-# Ours, found on the digits: α leaves the stage by half-time, so that MeanFlow and a falling rate get the second half.
-SMALL = dict(steps=2500, batch=128, alpha_window=(0.0, 0.5), lr=3e-3, lr_decay="linear", lr_tail=0.3, warmup=100)
+# Ours, found on the digits: α is 0 from half-time on, so that MeanFlow gets half of the run to itself.
+SMALL = dict(steps=2500, batch=128, alpha_window=(0.0, 0.5), lr=3e-3, lr_decay="linear", lr_tail=0.3,
+             warmup=100)
 
 RECIPES = {                 # --model: what differs from the paper's common settings; a flag wins over both
     # small networks, in pixels
@@ -97,7 +98,7 @@ RECIPES = {                 # --model: what differs from the paper's common sett
     "B/2-cfg": dict(GUIDED, kappa=0.5, fm_ratio=0.25),
     "L/2": dict(XL_GUIDED, t_max=0.8, alpha_window=(0.5, 5 / 6)),
     "XL/2": dict(XL_GUIDED, alpha_window=(0.5, 5 / 6)),
-    "XL/2+": dict(XL_GUIDED, **MEANFLOW) | dict(steps=75_000, batch=1024),      # with --init-from the XL/2 run
+    "XL/2+": dict(XL_GUIDED, **MEANFLOW) | dict(steps=75_000, batch=1024),  # with --init-from an XL/2
     "meanflow-B/2": dict(MEANFLOW, fm_ratio=0.75),
     "meanflow-B/2-cfg": dict(GUIDED, **MEANFLOW, kappa=0.5),
     "meanflow-XL/2-cfg": dict(XL_GUIDED, **MEANFLOW),
@@ -111,17 +112,19 @@ def network_name(model):
 
 
 def parse_flags(argv=None):
-    """The command line. Settings default to None here, which means: as the recipe, or the resumed run, has it."""
+    """The command line. A setting's default here is None: as the recipe, or the resumed run, has it."""
     p = data.Parser(prog="train.py", description="Train a DiT with the α-Flow objective.")
-    p.add_argument("--model", help=f"recipe, which sets all else (default Ti/2): {', '.join(RECIPES)}; or SIZE/PATCH")
-    p.add_argument("--alpha", type=float, help="a constant α, short for --alpha-schedule constant --alpha-start α")
+    p.add_argument("--model", help="recipe, which sets all else (default Ti/2): "
+                   f"{', '.join(RECIPES)}; or any SIZE/PATCH")
+    p.add_argument("--alpha", type=float,
+                   help="a constant α, short for --alpha-schedule constant --alpha-start α")
     for title, settings in SETTINGS.items():
         group = p.add_argument_group(f"{title} (in brackets the paper's value; recipes differ)")
         for name, (default, text) in settings.items():
             kind = dict(type={tuple: pair}.get(type(default), type(default)))
             if isinstance(default, bool):
                 kind = dict(action=argparse.BooleanOptionalAction)
-            group.add_argument("--" + name.replace("_", "-"), default=None, help=f"{text} [{default}]", **kind)
+            group.add_argument(flag(name), default=None, help=f"{text} [{default}]", **kind)
     g = p.add_argument_group("run")
     g.add_argument("--out", help="folder of the run (default out/DATA)")
     g.add_argument("--resume", nargs="?", const="yes", metavar="auto|CKPT",
@@ -133,13 +136,18 @@ def parse_flags(argv=None):
     g.add_argument("--accumulate", type=int, default=1, help="micro-batches a step, to save memory [1]")
     g.add_argument("--precision", choices=("bf16", "fp32"), help="autocast (default bf16 on CUDA, else fp32)")
     g.add_argument("--jvp-precision", choices=("bf16", "fp32"), help="of du/dt (default: as --precision)")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                   help="torch.compile (default: on CUDA)")
     g = p.add_argument_group("reports")
     g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl [10]")
     g.add_argument("--preview-every", type=int, help="steps between previews (default: a tenth of the run)")
-    g.add_argument("--save-every", type=int, help="steps between checkpoints (default: as previews, at most 5000)")
-    g.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too, if it is installed")
+    g.add_argument("--save-every", type=int, help="steps between checkpoints (default: as previews, max 5000)")
+    g.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too, if installed")
     return p.parse_args(argv)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def pair(text):
@@ -154,15 +162,16 @@ def resolve(args, saved=None):
     """
     model = args.model or (saved["model"] if saved else "Ti/2")
     if model not in RECIPES and (network_name(model) != model or model.partition("/")[0] not in SIZES):
-        raise ValueError(f"unknown model {model!r}: give a recipe ({', '.join(RECIPES)}) or SIZE/PATCH with SIZE one of "
-                         f"{', '.join(SIZES)}")          # "meanflow-B/4" must not train α-Flow
+        raise ValueError(f"unknown model {model!r}: give a recipe ({', '.join(RECIPES)}) or SIZE/PATCH with "
+                         f"SIZE one of {', '.join(SIZES)}")  # "meanflow-B/4" must not be α-Flow
     if saved and model != saved["model"]:
-        raise ValueError(f"--resume continues a {saved['model']}, not a {model}; --init-from starts a new run from it")
-    recipe = {"model": model, **PAPER, **(saved or RECIPES.get(model, {}))}     # an old run may lack a new setting
+        raise ValueError(f"--resume continues a {saved['model']}, not a {model}; --init-from starts a new "
+                         "run from it")
+    recipe = {"model": model, **PAPER, **(saved or RECIPES.get(model, {}))}    # an old run may lack a setting
     recipe.update({k: v for k, v in vars(args).items() if k in PAPER and v is not None})
     if args.alpha is not None:
         if args.alpha_schedule not in (None, "constant"):
-            raise ValueError(f"--alpha is a constant, which --alpha-schedule {args.alpha_schedule} contradicts")
+            raise ValueError(f"--alpha is a constant, and --alpha-schedule {args.alpha_schedule} is none")
         if args.alpha_start is not None:
             raise ValueError("--alpha and --alpha-start are two names for one number here: give one of them")
         recipe.update(alpha_schedule="constant", alpha_start=args.alpha)
@@ -177,13 +186,13 @@ def resolve(args, saved=None):
 
 
 LIMITS = {                  # what a setting must do: the test, and the settings it holds for
-    "be positive": (lambda v: v > 0, "steps batch accumulate log_every preview_every save_every lr lr_tail beta1 beta2 "
-                                     "grad_clip ema_half_life clip c"),
+    "be positive": (lambda v: v > 0, "steps batch accumulate log_every preview_every save_every lr lr_tail "
+                                     "beta1 beta2 grad_clip ema_half_life clip c"),
     "not be negative": (lambda v: v >= 0, "warmup ema_ramp seed"),
     "be below 1": (lambda v: v < 1, "beta1 beta2 label_drop"),
     "lie in [0, 1]": (lambda v: 0 <= v <= 1, "label_drop lr_tail"),
     "be below 2**64": (lambda v: v < 2**64, "seed"),
-    "be a number": (lambda v: v == v, "omega kappa t_min t_max time_mean"),
+    "be a finite number": (math.isfinite, "omega kappa t_min t_max time_mean time_std alpha_gamma lr c"),
     "be constant, linear or cosine": (lambda v: v in ("constant", "linear", "cosine"), "lr_decay"),
 }
 
@@ -193,32 +202,33 @@ def check(recipe):
     for demand, (holds, names) in LIMITS.items():
         for name in names.split():
             if name in recipe and not holds(recipe[name]):
-                raise ValueError(f"--{name.replace('_', '-')} must {demand}, got {recipe[name]}")
+                raise ValueError(f"{flag(name)} must {demand}, got {recipe[name]}")
     if not recipe["t_min"] < recipe["t_max"]:
         raise ValueError(f"guidance needs --t-min < --t-max, got {recipe['t_min']} and {recipe['t_max']}")
     if recipe["alpha_schedule"] != "constant" and recipe["alpha_start"] == recipe["alpha_end"]:
-        raise ValueError(f"--alpha-schedule {recipe['alpha_schedule']} would stand still: --alpha-start and --alpha-end "
-                         f"are both {recipe['alpha_end']:g}")
-    alpha_of(recipe, 0)                                                             # these two check what they are given
+        raise ValueError(f"--alpha-schedule {recipe['alpha_schedule']} would stand still: --alpha-start and "
+                         f"--alpha-end are both {recipe['alpha_end']:g}")
+    alpha_of(recipe, 0)                                         # these two check what they are given
     sample_times(1, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"])
 
 
-# ---- the quantities that depend on the step alone --------------------------------------------------------------------
+# ---- the quantities that depend on the step alone --------------------------------------------------
 
 def alpha_of(recipe, step):
-    return alpha_at(step, recipe["steps"], recipe["alpha_schedule"], recipe["alpha_window"], recipe["alpha_start"],
-                    recipe["alpha_end"], recipe["alpha_gamma"], recipe["alpha_clamp"])
+    return alpha_at(step, recipe["steps"], recipe["alpha_schedule"], recipe["alpha_window"],
+                    recipe["alpha_start"], recipe["alpha_end"], recipe["alpha_gamma"], recipe["alpha_clamp"])
 
 
 def lr_at(recipe, step):
     """Linear warm-up, then constant; with a decay, down to 0 over the last `lr_tail` of the run."""
     lr = recipe["lr"] * min(1, (step + 1) / max(1, recipe["warmup"]))
-    left = min(1, (1 - step / recipe["steps"]) / recipe["lr_tail"])
-    return lr * {"constant": 1, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[recipe["lr_decay"]]
+    left = min(1, (1 - step / recipe["steps"]) / recipe["lr_tail"])             # 1 before the tail, then to 0
+    shape = {"constant": 1, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+    return lr * shape[recipe["lr_decay"]]
 
 
 def ema_decay(recipe, step):
-    """Decay of the averaged weights: half-life min(ema_half_life, ema_ramp·step), so that they forget the start."""
+    """Decay of the averaged weights: half-life min(ema_half_life, ema_ramp·step), to forget the start."""
     half_life = min(recipe["ema_half_life"], recipe["ema_ramp"] * step)
     return 0.5 ** (1 / half_life) if half_life > 0 else 0.0
 
@@ -232,17 +242,17 @@ def update_ema(ema, net, decay):
 def draw(recipe, step, shape, device):
     """Everything random in a step, for the whole global batch: a function of (seed, step) alone.
 
-    Each process draws it all and keeps its own rows, so the numbers do not depend on how many processes there are.
+    Each process draws it all and keeps its own rows, so the numbers do not depend on how many there are.
     Times and coins stay on the CPU (see loss.py), the noise is made on the device.
     """
-    B, key = recipe["batch"], (0, recipe["seed"], step)         # four integers in all, unlike any key of sample.py
+    B, key = recipe["batch"], (0, recipe["seed"], step)         # four integers each: unlike sample.py's keys
     host, noise = data.generator(*key, 0), data.generator(*key, 1, device=device)
     t, r = sample_times(B, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"], host)
-    return {"t": t, "r": r, "drop": torch.rand(B, generator=host),                          # each (B,)
-            "e": torch.randn(B, *shape, generator=noise, device=device)}                    # (B, C, H, W)
+    return {"t": t, "r": r, "drop": torch.rand(B, generator=host),                      # each (B,)
+            "e": torch.randn(B, *shape, generator=noise, device=device)}                # (B, C, H, W)
 
 
-# ---- processes, checkpoints ------------------------------------------------------------------------------------------
+# ---- processes, checkpoints ------------------------------------------------------------------------
 
 def start_processes(device_name):
     """(rank, world, device): from torchrun's environment, or a single process without it."""
@@ -257,7 +267,7 @@ def start_processes(device_name):
 
 
 def any_process(run, *flags):
-    """Which of the flags is set on at least one process. All must stop at the same step, or the others wait forever."""
+    """Which flags are set on at least one process: all must stop at the same step, or some wait forever."""
     if run.world == 1:
         return flags
     flags = torch.tensor(flags, dtype=torch.float32, device=run.device)
@@ -286,12 +296,14 @@ def open_run(args):
             raise ValueError("--resume goes on with its own weights, so --init-from has no place beside it")
         ckpt = sample.read(path)
         if not ({"optimizer", "step"} <= ckpt.keys() and "model" in ckpt["config"].get("recipe", ())):
-            raise ValueError(f"{path} holds no training state to resume; --init-from starts a new run from its weights")
+            raise ValueError(f"{path} holds no training state to resume; --init-from starts a new run from "
+                             "its weights")
         if not (out / "ckpt.pt").exists() or args.overwrite or path.samefile(out / "ckpt.pt"):
             return out, ckpt
     elif not path.exists() or args.overwrite:
         return out, None
-    raise ValueError(f"{out} already holds a run: --resume continues it, --overwrite replaces it, or give --out DIR")
+    raise ValueError(f"{out} already holds a run: --resume continues it, --overwrite replaces it, or give "
+                     "another --out")
 
 
 def save(path, state):
@@ -307,8 +319,9 @@ def init_from(net, path, say):
     if not matched:
         raise ValueError(f"--init-from {path}: not one tensor fits this network")
     net.load_state_dict(matched, strict=False)
-    say(f"init-from {path}: {len(matched)} of {len(ours)} tensors; new here: {sorted(ours.keys() - matched) or 'none'}; "
-        f"left over there: {sorted(theirs.keys() - matched) or 'none'}")
+    new, left_over = sorted(ours.keys() - matched), sorted(theirs.keys() - matched)
+    say(f"init-from {path}: {len(matched)} of {len(ours)} tensors; new here: {', '.join(new) or 'none'}; "
+        f"left over there: {', '.join(left_over) or 'none'}")
 
 
 def compiled(net, z, autocast, say):
@@ -329,7 +342,7 @@ def compiled(net, z, autocast, say):
                     raise ArithmeticError(f"compiled and eager results differ by {gap:.1e}")
         say("compile: on")
         return fast, fast_du_dt
-    except Exception as error:                          # whatever the compiler throws, training must go on without it
+    except Exception as error:                          # whatever it is, training must go on without it
         say(f"compile: off, because {type(error).__name__}: {str(error).splitlines()[0][:150]}")
         return net, du_dt
     finally:
@@ -338,7 +351,7 @@ def compiled(net, z, autocast, say):
                 p.copy_(w)
 
 
-# ---- reports ---------------------------------------------------------------------------------------------------------
+# ---- reports ---------------------------------------------------------------------------------------
 
 def open_log(run):
     """A function that writes one line of out/log.jsonl (and of TensorBoard, if asked for).
@@ -350,13 +363,14 @@ def open_log(run):
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(run.out)
     old = path.read_text().splitlines() if run.start and path.exists() else []
-    old = [line for line in old if line.endswith("}") and json.loads(line)["step"] < run.start]     # the last may be torn
-    with data.replacing(path, sync=False) as file:
-        file.write("".join(line + "\n" for line in old).encode())
+    old = [line for line in old if line.endswith("}")]          # the last one may be torn
+    with data.replacing(path) as file:
+        file.write("".join(line + "\n" for line in old if json.loads(line)["step"] < run.start).encode())
     file = open(path, "a", buffering=1)
 
     def write(line):
-        file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+        short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+        file.write(json.dumps(short) + "\n")
         for name, value in line.items() if board else ():
             board.add_scalar(name, value, line["step"])
     return write
@@ -366,12 +380,12 @@ def memory_mb(device):
     """Peak memory of this process: the GPU's where there is one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss                       # kB, but bytes on macOS
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss   # kB, but bytes on macOS
     return peak / 2**(20 if sys.platform == "darwin" else 10)
 
 
 def preview(path, net, ema, dataset, device, columns=20):
-    """The same noise through the raw and the averaged weights in one and two evaluations: four rows of pictures."""
+    """The same noise through raw and averaged weights in one and two evaluations: four rows of pictures."""
     columns = max(10, min(columns, 1280 // max(48, dataset.shape[-1])))
     labels = (torch.arange(columns) % dataset.classes).to(device)
     noise = sample.noise_for(range(columns), dataset.shape, seed=0).to(device)
@@ -381,8 +395,9 @@ def preview(path, net, ema, dataset, device, columns=20):
     sample.contact_sheet(torch.cat(rows), columns, captions=names).save(path)
 
 
-def curve(log, path, panels=("loss_fm", "loss_jump", "err", "tangent", "grad_norm", "alpha"), width=900, height=110):
-    """A picture of the log: one panel a quantity, step from left to right, grey each line, black their running mean."""
+def curve(log, path, panels=("alpha", "loss_fm", "loss_jump", "err", "tangent", "grad_norm"),
+          width=900, height=110):
+    """A picture of the log, one panel a quantity: the steps from left to right, in black the running mean."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     image = Image.new("RGB", (width, height * len(panels)), "white")
     pen = ImageDraw.Draw(image)
@@ -392,7 +407,7 @@ def curve(log, path, panels=("loss_fm", "loss_jump", "err", "tangent", "grad_nor
         for value in values:
             mean += 0.1 * (value - mean)
             smooth.append(mean)
-        top = sorted(values)[int(0.99 * (len(values) - 1))] or 1.0                  # a rare spike must not flatten it
+        top = sorted(values)[int(0.99 * (len(values) - 1))] or 1.0      # a rare spike must not flatten it
         y0 = (i + 1) * height - 8
         for series, colour in ((values, "#bbbbbb"), (smooth, "black")):
             points = [(70 + (width - 80) * row["step"] / max(1, rows[-1]["step"]),
@@ -405,23 +420,26 @@ def curve(log, path, panels=("loss_fm", "loss_jump", "err", "tangent", "grad_nor
 
 
 def post_mortem(run, step, alpha, norm, tangent, micro_batches, noise, objective):
-    """After a non-finite loss or gradient: save what is needed to see why, and say in one line which row did it."""
-    save(run.out / f"nonfinite_rank{run.rank}.pt",
-         {"step": step, "alpha": alpha, "net": run.net.state_dict(), "batches": micro_batches, **noise})
+    """After a non-finite loss or gradient: save what is needed to see why; returns a line that says where."""
     x, y = (torch.cat(part) for part in zip(*micro_batches))
+    noise = {k: torch.cat([v[own_rows(run, m)] for m in range(len(micro_batches))]) for k, v in noise.items()}
+    save(run.out / f"nonfinite_rank{run.rank}.pt",
+         {"step": step, "alpha": alpha, "net": run.net.state_dict(), "x": x, "y": y, **noise})
     where = "all rows finite by themselves"
-    for i in range(len(x)):                                     # no row depends on another: try them one by one
+    for i in range(len(x)):                                     # no row depends on another: try each alone
         row = {k: v[i:i + 1] for k, v in noise.items()}
         with torch.no_grad():
-            loss, _ = alpha_flow_loss(run.net, x[i:i + 1].to(run.device), y[i:i + 1], alpha, **row, **objective)
+            loss, _ = alpha_flow_loss(run.net, x[i:i + 1].to(run.device), y[i:i + 1], alpha,
+                                      **row, **objective)
         if not torch.isfinite(loss):
             where = f"t {noise['t'][i].item():.4f}, r {noise['r'][i].item():.4f} in row {i}"
             break
-    return (f"non-finite loss or gradient at step {step}: alpha {alpha:g}, {where}, gradient norm {norm:g}, tangent "
-            f"norm {tangent:g}. {run.out}/nonfinite_rank*.pt holds weights and batch; the last good checkpoint stays")
+    return (f"non-finite loss or gradient at step {step}: alpha {alpha:g}, {where}, gradient norm {norm:g}, "
+            f"tangent norm {tangent:g}. {run.out}/nonfinite_rank*.pt holds weights and batch; the last good "
+            "checkpoint stays")
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Run:
@@ -445,16 +463,16 @@ class Run:
 
 
 def assemble(args, rank, world, device):
-    """A Run: fresh, from another checkpoint's weights, or as the interrupted one left it. ValueError if it cannot be."""
+    """A Run: fresh, from another checkpoint's weights, or as an interrupted one left it; else ValueError."""
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs the package: pip install tensorboard")
     out, ckpt = open_run(args)
     recipe = resolve(args, ckpt and ckpt["config"]["recipe"])
     if ckpt and ckpt["step"] >= recipe["steps"] and not (out / "ckpt.pt").exists():
-        raise ValueError(f"{args.resume} has done all its {recipe['steps']} steps: give more --steps, or other --out")
+        raise ValueError(f"{args.resume} has done all its {recipe['steps']} steps: give more --steps")
     if recipe["batch"] % (world * args.accumulate):
-        raise ValueError(f"--batch {recipe['batch']} is not divisible by {world} processes x {args.accumulate} "
-                         "micro-batches")
+        raise ValueError(f"--batch {recipe['batch']} is not divisible by {world} processes x "
+                         f"{args.accumulate} micro-batches")
     dataset = data.load(recipe["data"], seed=recipe["seed"], flip=recipe["flip"])
     C, size, _ = dataset.shape
     torch.manual_seed(recipe["seed"])                           # the same first weights on all processes
@@ -463,27 +481,27 @@ def assemble(args, rank, world, device):
     else:
         net = build(network_name(recipe["model"]), size, C, dataset.classes)
     if (net.config.channels, net.config.size, net.config.classes) != (C, size, dataset.classes):
-        raise ValueError(f"{recipe['data']} has {C}x{size}x{size} pictures in {dataset.classes} classes, unlike the "
-                         "data of the run that is to be resumed")
+        raise ValueError(f"{recipe['data']} has {C}x{size}x{size} pictures in {dataset.classes} classes, "
+                         "unlike the data of the run that is to be resumed")
     if args.init_from and not ckpt:
         init_from(net, args.init_from, print if rank == 0 else lambda *_: None)
     net.to(device)
     ema = DiT(net.config).to(device).requires_grad_(False)
     ema.load_state_dict(ckpt["ema"] if ckpt else net.state_dict())
-    optimizer = torch.optim.Adam(net.parameters(), lr=recipe["lr"], betas=(recipe["beta1"], recipe["beta2"]),
-                                 fused=device.type in ("cpu", "cuda"))
+    options = dict(betas=(recipe["beta1"], recipe["beta2"]), fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(net.parameters(), lr=recipe["lr"], **options)
     if ckpt:
         net.load_state_dict(ckpt["net"])
-        options = {k: optimizer.param_groups[0][k] for k in ("betas", "fused")}     # of this run, not of the saved one
         optimizer.load_state_dict(ckpt["optimizer"])
-        optimizer.param_groups[0].update(options)
-    return Run(args, recipe, dataset, net, ema, optimizer, ckpt["step"] if ckpt else 0, out, rank, world, device)
+        optimizer.param_groups[0].update(options)               # this run's, should they differ
+    start = ckpt["step"] if ckpt else 0
+    return Run(args, recipe, dataset, net, ema, optimizer, start, out, rank, world, device)
 
 
 def precision(run, say):
-    """(network, du/dt, autocast): compiled or eager, and the context in which products are rounded to bf16 or not.
+    """(network, du/dt, autocast): compiled or eager, and the context that rounds products to bf16 or not.
 
-    Only matrix products are rounded: weights, targets, residual stream, norms, times and the loss stay in float32.
+    Only matrix products are rounded: weights, targets, residual stream, norms, times and loss are float32.
     """
     torch.set_float32_matmul_precision("high")                  # TF32 where the device has it
     cuda = run.device.type == "cuda"
@@ -494,11 +512,12 @@ def precision(run, say):
 
     fast, fast_du_dt = run.net, du_dt
     if cuda if run.args.compile is None else run.args.compile:
-        fast, fast_du_dt = compiled(run.net, torch.randn(8, *run.dataset.shape, device=run.device), autocast, say)
+        z = torch.randn(8, *run.dataset.shape, device=run.device)
+        fast, fast_du_dt = compiled(run.net, z, autocast, say)
 
     def derivative(net, *point):
         with autocast(run.args.jvp_precision or kind):
-            return fast_du_dt(run.net, *point)                  # which is compiled as a whole, network included
+            return fast_du_dt(run.net, *point)          # compiled as a whole, network included
 
     say(f"{run.device}, {run.world} process{'es' * (run.world > 1)}, {kind} products "
         f"({'as asked' if run.args.precision else 'the default on ' + run.device.type})")
@@ -506,7 +525,7 @@ def precision(run, say):
 
 
 def catch_signals():
-    """A function that tells whether SIGTERM or Ctrl-C has come. The second Ctrl-C interrupts at once, as ever."""
+    """A function that tells whether SIGTERM or Ctrl-C has come. A second Ctrl-C interrupts at once."""
     caught = []
 
     def handle(number, frame):
@@ -518,9 +537,9 @@ def catch_signals():
 
 
 def own_rows(run, m):
-    """The rows of the global batch that belong to micro-batch m of this process: every (world·accumulate)-th.
+    """The rows of the global batch in micro-batch m of this process: every (world·accumulate)-th.
 
-    Taken with a stride and not in blocks, because the first rows are the cheap ones with r = t.
+    With a stride and not in blocks, because the first rows are the cheap ones with r = t.
     """
     return slice(run.rank + run.world * m, None, run.world * run.args.accumulate)
 
@@ -540,7 +559,7 @@ def backward(run, predict, batches, alpha, noise, objective, autocast):
     for m, (x, y) in enumerate(batches):
         mine = {k: v[own_rows(run, m)] for k, v in noise.items()}
         last = m == len(batches) - 1 or run.world == 1
-        with contextlib.nullcontext() if last else predict.no_sync():               # DDP averages once a step
+        with contextlib.nullcontext() if last else predict.no_sync():                   # DDP averages once
             with autocast():
                 loss, stats = alpha_flow_loss(predict, x.to(run.device, non_blocking=True), y, alpha,
                                               **mine, **objective)
@@ -551,21 +570,26 @@ def backward(run, predict, batches, alpha, noise, objective, autocast):
 
 
 def train(run):
-    """The loop. Step k is a function of the state after step k-1 and of (seed, k), so to resume is to go on."""
-    recipe, net, ema, optimizer, device, out = run.recipe, run.net, run.ema, run.optimizer, run.device, run.out
-    steps, first, args = recipe["steps"], run.rank == 0, run.args
+    """The loop. Step k is a function of the state after step k-1 and of (seed, k): to resume is to go on."""
+    args, recipe, net, ema, optimizer, device = (getattr(run, name) for name in (
+        "args", "recipe", "net", "ema", "optimizer", "device"))
+    steps, first = recipe["steps"], run.rank == 0
     preview_every = args.preview_every or max(1, steps // 10)
     save_every = args.save_every or min(preview_every, 5000)
     fast, derivative, autocast = precision(run, print if first else lambda *_: None)
-    # The prediction goes through DDP, whose backward averages gradients; targets need none and use the bare network.
-    predict = fast if run.world == 1 else DistributedDataParallel(fast, [device] if device.type == "cuda" else None)
-    objective = {k: recipe[k] for k in ("omega", "kappa", "t_min", "t_max", "label_drop", "clip", "c", "shrink_c")}
+    # The prediction goes through DDP, whose backward averages gradients; targets need none and do without.
+    predict = fast
+    if run.world > 1:
+        predict = DistributedDataParallel(fast, device_ids=[device] if device.type == "cuda" else None)
+    objective = {k: recipe[k] for k in ("omega", "kappa", "t_min", "t_max", "label_drop", "clip", "c",
+                                        "shrink_c")}
     objective.update(null=net.config.classes, target_net=fast, derivative=derivative)
 
     write = open_log(run) if first else None
     loader, stop_asked, tangent = data.prefetch(micro_batches(run)), catch_signals(), 0.0
     clock, waited, logged = time.perf_counter(), 0.0, run.start - 1
-    for step in tqdm(range(run.start, steps), initial=run.start, total=steps, disable=None if first else True):
+    bar = tqdm(range(run.start, steps), initial=run.start, total=steps, disable=None if first else True)
+    for step in bar:
         asked = time.perf_counter()
         batches = [next(loader) for _ in range(args.accumulate)]
         waited += time.perf_counter() - asked
@@ -573,7 +597,7 @@ def train(run):
         stats = backward(run, predict, batches, alpha, noise, objective, autocast)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), recipe["grad_clip"])
 
-        # The one place where the host waits for the device: a bad gradient must be seen before it reaches the weights.
+        # The one place where the host waits for the device: a bad gradient must not reach the weights.
         stop, broken = any_process(run, stop_asked(), not math.isfinite(norm + stats["loss"]))
         if broken:
             raise SystemExit(post_mortem(run, step, alpha, norm, tangent, batches, noise, objective))
@@ -586,18 +610,22 @@ def train(run):
         if step % args.log_every == 0 or stop or step + 1 == steps:
             stats = mean_over_processes(run, stats)
             tangent, seconds = stats["tangent"], time.perf_counter() - clock
+            bar.set_postfix(alpha=f"{alpha:.3g}", err=f"{stats['err']:.3g}")
             if first:
-                write({"step": step, **stats, "alpha": alpha, "lr": lr_at(recipe, step), "grad_norm": norm.item(),
-                       "images_per_s": recipe["batch"] * (step - logged) / seconds, "memory_mb": memory_mb(device),
-                       "waiting": waited / seconds})            # share of the time spent waiting for pictures
+                write({"step": step, **stats, "alpha": alpha, "lr": lr_at(recipe, step),
+                       "grad_norm": norm.item(), "memory_mb": memory_mb(device),
+                       "images_per_s": recipe["batch"] * (step - logged) / seconds,
+                       "waiting": waited / seconds})            # share of the time, for pictures
             clock, waited, logged = time.perf_counter(), 0.0, step
-        if first and ((step + 1) % preview_every == 0 or step + 1 == steps):
-            preview(out / f"samples_{step + 1:07d}.png", net, ema, run.dataset, device)
-        if first and (stop or (step + 1) % save_every == 0 or step + 1 == steps):
-            save(out / "ckpt.pt", run.checkpoint(step + 1))
+        done = step + 1
+        if first and (done % preview_every == 0 or done == steps):
+            preview(run.out / f"samples_{done:07d}.png", net, ema, run.dataset, device)
+            curve(run.out / "log.jsonl", run.out / "curve.png")
+        if first and (done % save_every == 0 or done == steps or stop):
+            save(run.out / "ckpt.pt", run.checkpoint(done))
         if stop:
             break
-    return step + 1
+    return done
 
 
 def main():
@@ -606,8 +634,9 @@ def main():
     run = assemble(args, rank, world, device)
     steps = run.recipe["steps"]
     if rank == 0:
-        print(f"{run.recipe['model']} on {run.dataset.name}: {sum(p.numel() for p in run.net.parameters()):,} parameters, "
-              f"{len(run.dataset):,} pictures {'x'.join(map(str, run.dataset.shape))}, {run.dataset.classes} classes")
+        about, parameters = run.dataset.describe(), sum(p.numel() for p in run.net.parameters())
+        print(f"{run.recipe['model']} on {about['name']}: {parameters:,} parameters, {about['count']:,} "
+              f"pictures {'x'.join(map(str, about['shape']))}, {about['classes']} classes")
         print(textwrap.fill("recipe: " + ", ".join(f"{k} {v}" for k, v in run.recipe.items()), 110))
         if run.start:
             print(f"resuming at step {run.start} of {steps}")
@@ -616,9 +645,9 @@ def main():
     finished = train(run) if run.start < steps else steps
     if rank == 0:
         ckpt = run.out / "ckpt.pt"
-        curve(run.out / "log.jsonl", run.out / "curve.png")
         if finished < steps:
-            print(f"stopped after step {finished} of {steps}; saved. Continue with: python train.py --resume {ckpt}")
+            print(f"stopped after step {finished} of {steps}; saved. "
+                  f"Continue with: python train.py --resume {ckpt}")
         else:
             labels = torch.arange(10) % run.dataset.classes
             sample.trajectory(run.ema, data.to_uint8, labels, "ode", 0, run.out / "trajectory.gif")

@@ -259,7 +259,7 @@ def commands(text):
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         cuts = [-1, *(i for i, word in enumerate(words) if word in ("&&", "||", ";", "|")), len(words)]
-        for words in (words[a + 1:b] for a, b in zip(cuts, cuts[1:])):
+        for words in [words[a + 1:b] for a, b in zip(cuts, cuts[1:])]:
             if words and words[0] == "torchrun":
                 try:
                     args = get_args_parser().parse_args(words[1:])

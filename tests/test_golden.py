@@ -116,7 +116,8 @@ def batch(case):
 
 
 def test_every_case_is_there():
-    assert CASES == ["cfg_a0", "cfg_a0.5", "clamp_a0", "clamp_a0.5", "nocfg_a0", "nocfg_a0.01", "nocfg_a0.5", "nocfg_a1"]
+    assert CASES == ["cfg_a0", "cfg_a0.5", "clamp_a0", "clamp_a0.5",
+                     "nocfg_a0", "nocfg_a0.01", "nocfg_a0.5", "nocfg_a1"]
 
 
 @DTYPES

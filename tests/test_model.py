@@ -211,8 +211,8 @@ def test_gradients_under_autocast_reach_every_parameter(alpha, steps):
     exact, rounded = nets
     for (name, p), q in zip(exact.named_parameters(), rounded.parameters()):
         assert q.grad is not None and q.grad.dtype == torch.float32 and q.grad.abs().max() > 0, name
-        assert torch.nn.functional.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.98, name
-    assert torch.nn.functional.cosine_similarity(gradients(exact), gradients(rounded), dim=0) > 0.999
+        assert torch.nn.functional.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.95, name
+    assert torch.nn.functional.cosine_similarity(gradients(exact), gradients(rounded), dim=0) > 0.99
 
 
 # ---- the forward-mode rule of Linear ---------------------------------------------------------------------------------
