@@ -122,7 +122,7 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
     """
     if omega == 1 and kappa == 0:
         return v
-    guided, unlabelled = inside(t, t_min, t_max).cpu(), (y == null).cpu()           # plans are made on the host
+    guided, unlabelled = inside(t, t_min, t_max).cpu(), (y == null).cpu()         # plans are made on the host
     known = torch.zeros_like(guided) if u is None else (r == t).cpu()
     rest = 1 - omega - kappa                            # the null branch's share; 0.7 + 0.3 is 1
     rest = 0.0 if abs(rest) < 1e-6 else rest            # only up to rounding

@@ -141,7 +141,7 @@ def parse_flags(argv=None):
     g = p.add_argument_group("reports")
     g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl [10]")
     g.add_argument("--preview-every", type=int, help="steps between previews (default: a tenth of the run)")
-    g.add_argument("--save-every", type=int, help="steps between checkpoints (default: as previews, max 5000)")
+    g.add_argument("--save-every", type=int, help="steps between checkpoints (default: as previews, <= 5000)")
     g.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too, if installed")
     return p.parse_args(argv)
 
@@ -395,27 +395,22 @@ def preview(path, net, ema, dataset, device, columns=20):
     sample.contact_sheet(torch.cat(rows), columns, captions=names).save(path)
 
 
-def curve(log, path, panels=("alpha", "loss_fm", "loss_jump", "err", "tangent", "grad_norm"),
-          width=900, height=110):
-    """A picture of the log, one panel a quantity: the steps from left to right, in black the running mean."""
+def curve(log, path, panels=("alpha", "loss_fm", "loss_jump", "err", "tangent", "grad_norm")):
+    """A picture of log.jsonl, one panel a quantity from 0 up, the steps from left to right."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
+    width, height, left, last = 900, 110, 70, max(1, rows[-1]["step"])
     image = Image.new("RGB", (width, height * len(panels)), "white")
     pen = ImageDraw.Draw(image)
     for i, name in enumerate(panels):
         values = [row[name] for row in rows]
-        smooth, mean = [], values[0]
-        for value in values:
-            mean += 0.1 * (value - mean)
-            smooth.append(mean)
-        top = sorted(values)[int(0.99 * (len(values) - 1))] or 1.0      # a rare spike must not flatten it
-        y0 = (i + 1) * height - 8
-        for series, colour in ((values, "#bbbbbb"), (smooth, "black")):
-            points = [(70 + (width - 80) * row["step"] / max(1, rows[-1]["step"]),
-                       y0 - (height - 28) * max(0.0, min(v / top, 1.15))) for row, v in zip(rows, series)]
-            pen.line(points, fill=colour, width=1)
-        pen.line([(70, y0), (width - 10, y0)], fill="#dddddd")
-        pen.text((4, i * height + 4), f"{name}   {values[-1]:.3g} at step {rows[-1]['step']}", fill="black")
-        pen.text((4, i * height + 20), f"{top:.3g}", fill="#888888")
+        top = sorted(values)[int(0.99 * (len(values) - 1))] or 1.0   # a rare spike may not flatten the rest
+        floor, full = (i + 1) * height - 8, height - 30
+        pen.line([(left, floor), (width - 10, floor)], fill="#cccccc")
+        heights = [full * min(max(value / top, 0), 1.05) for value in values]
+        pen.line([(left + (width - 10 - left) * row["step"] / last, floor - h) for row, h in zip(rows, heights)],
+                 fill="black")
+        pen.text((4, i * height + 4), f"{name} = {values[-1]:.3g} at step {rows[-1]['step']}", fill="black")
+        pen.text((4, floor - full - 6), f"{top:.3g}", fill="#888888")
     image.save(path)
 
 

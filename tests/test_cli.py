@@ -29,8 +29,7 @@ PROGRAMS = ("train.py", "sample.py", "fid.py", "loss.py", "data.py")
 def lab(tmp_path_factory):
     lab = Lab(tmp_path_factory.mktemp("lab"))
     yield lab
-    lab.server.stdin.close()
-    lab.server.wait(60)
+    lab.close()
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

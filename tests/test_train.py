@@ -139,7 +139,7 @@ class Lab:
     """Starts programs as forks of a process that has imported everything already."""
 
     def __init__(self, folder):
-        self.folder, self.count = folder, 0
+        self.folder, self.count, self.running = folder, 0, set()
         self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT)], env=ENV, text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -156,10 +156,12 @@ class Lab:
             file.touch()
         pid = self.ask(args=[str(a) for a in args], program=str(ROOT / program), cwd=str(cwd or self.folder), hook=hook,
                        env=env, out=str(files[0]), err=str(files[1]))
+        self.running.add(pid)
         return pid, files
 
     def finish(self, process):
         pid, files = process
+        self.running.discard(pid)
         return Result(self.ask(wait=pid), *(file.read_text() for file in files))
 
     def run(self, *args, **options):
@@ -176,6 +178,13 @@ class Lab:
                            MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(world)]
 
 
+    def close(self):
+        for pid in self.running:                        # what a test that failed has left behind
+            os.kill(pid, signal.SIGKILL)
+        self.server.stdin.close()
+        self.server.wait(60)
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -186,8 +195,7 @@ def free_port():
 def lab(tmp_path_factory):
     lab = Lab(tmp_path_factory.mktemp("lab"))
     yield lab
-    lab.server.stdin.close()
-    lab.server.wait(60)
+    lab.close()
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +475,7 @@ def test_a_non_finite_loss_stops_the_run_and_says_where(lab, tmp_path):
     assert ckpt["step"] == 1
     assert all(torch.isfinite(w).all() for kind in ("net", "ema") for w in ckpt[kind].values())
     scene = torch.load(tmp_path / "nonfinite_rank0.pt", weights_only=True)
-    (x, y), = scene["batches"]
+    x, y = scene["x"], scene["y"]
     expected_x, expected_y = data.load("digits").batch(1, 0, 1, 16)
     assert scene["step"] == 1 and torch.equal(x, expected_x) and torch.equal(y, expected_y)
     assert scene["net"].keys() == ckpt["net"].keys() and scene["e"].shape == x.shape
@@ -535,7 +543,8 @@ def test_init_from_something_that_does_not_fit(lab, ten, tmp_path):
     torch.save({"format": "alphaflow-1", "net": {}, "ema": {"w": torch.zeros(3)}, "config": {}}, tmp_path / "w.pt")
     lab.run(*TEN, "--init-from", tmp_path / "w.pt", "--out", tmp_path / "a").one_line("not one tensor fits")
     lab.run("--resume", tmp_path / "w.pt", "--out", tmp_path / "a").one_line("no training state")
-    lab.run("--resume", ten.one / "step5.pt", "--init-from", ten.one / "ckpt.pt", "--out", tmp_path / "a").one_line("--init-from")
+    ours, theirs = ten.one / "step5.pt", ten.one / "ckpt.pt"
+    lab.run("--resume", ours, "--init-from", theirs, "--out", tmp_path / "a").one_line("--init-from")
     assert not (tmp_path / "a").exists()
 
 
