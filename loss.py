@@ -33,7 +33,7 @@ SCHEDULES = ("constant", "step", "linear", "log", "exponential", "sigmoid", "cos
 
 
 def alpha_at(step, steps, schedule, window=(0.0, 1.0), start=1.0, end=0.0, gamma=25.0, clamp=0.005):
-    """α for step 0 <= `step` < `steps` (α-Flow §4 and appendix; `cosine` is ours).
+    """α for step `step` = 0, 1, ... of `steps` (α-Flow §4 and appendix; `cosine` is ours).
 
     window: where α moves, as fractions of the run (0, 1), so that a shorter run still goes through it.
     Before it α = start, after it α = end; `constant` stays at start, `step` jumps from start to end
@@ -46,9 +46,9 @@ def alpha_at(step, steps, schedule, window=(0.0, 1.0), start=1.0, end=0.0, gamma
         raise ValueError(f"alpha must stay in [0, 1], got start {start} and end {end}")
     if not 0 <= clamp < 0.5:
         raise ValueError(f"the snap at the ends needs 0 <= clamp < 0.5, got {clamp}")
-    if not gamma > 0:
-        raise ValueError(f"gamma must be positive, got {gamma}")
-    if steps < 1 or not 0 <= window[0] <= window[1] <= 1:
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma must be positive and finite, got {gamma}")
+    if steps < 1 or len(window) != 2 or not 0 <= window[0] <= window[1] <= 1:
         raise ValueError(f"the alpha window is two fractions of the run, 0 <= first <= second <= 1, "
                          f"got {window} of {steps} steps")
     if schedule not in ("constant", "step") and window[0] == window[1]:
@@ -69,7 +69,7 @@ def alpha_at(step, steps, schedule, window=(0.0, 1.0), start=1.0, end=0.0, gamma
             "linear": lambda: start + (end - start) * p,
             "log": lambda: start + (end - start) * math.log10(1 + 9 * p),
             "exponential": lambda: start * (end / start) ** (p ** gamma),
-            "sigmoid": lambda: start + (end - start) / (1 + math.exp(-gamma * (p - 0.5))),
+            "sigmoid": lambda: start + (end - start) * (1 + math.tanh(gamma * (p - 0.5) / 2)) / 2,
             "cosine": lambda: end + (start - end) * (1 + math.cos(math.pi * p)) / 2,
         }[schedule]()
     return 0.0 if alpha < clamp else 1.0 if alpha > 1 - clamp else float(alpha)
@@ -121,7 +121,9 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
     the two passes are one and the same, so its target is ω·v + (1-ω)·u(z, t, t, null).
     """
     if omega == 1 and kappa == 0:
-        return v
+        return v.detach()
+    if null is None:
+        raise ValueError("guidance needs null, the index of the null label")
     guided, unlabelled = inside(t, t_min, t_max).cpu(), (y == null).cpu()         # plans are made on the host
     known = torch.zeros_like(guided) if u is None else (r == t).cpu()
     rest = 1 - omega - kappa                            # the null branch's share; 0.7 + 0.3 is 1
@@ -142,8 +144,8 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
         u_null.index_copy_(0, rows[len(rows_y):], out[len(rows_y):])
 
     guided, k_y, k_null = on(z, guided, k_y, k_null)
-    mixed = omega * v + column(k_y, v) * u_y + column(k_null, v) * u_null
-    return torch.where(column(guided, v), mixed, v)
+    mixed = omega * v + rowwise(k_y, v) * u_y + rowwise(k_null, v) * u_null
+    return torch.where(rowwise(guided, v), mixed, v)
 
 
 # ---- 4. the target ---------------------------------------------------------------------------------
@@ -175,6 +177,7 @@ def u_target(net, z, t, r, v, y, alpha, clip=4.0, derivative=du_dt):
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    v, t, r = v.detach(), t.to(z.dtype), r.to(z.dtype)
     rows = (t != r).cpu().nonzero().squeeze(1)          # the rows that jump, picked on the host
     if not len(rows):
         return v
@@ -182,12 +185,12 @@ def u_target(net, z, t, r, v, y, alpha, clip=4.0, derivative=du_dt):
     z_j, t_j, r_j, v_j, y_j = z[rows], t[rows], r[rows], v[rows], y[rows]
     delta = t_j - r_j
     if alpha == 0:
-        target = v_j - column(delta, v) * derivative(net, z_j, t_j, r_j, v_j, y_j)
+        target = v_j - rowwise(delta, v) * derivative(net, z_j, t_j, r_j, v_j, y_j)
     else:
         target = alpha * v_j
         if alpha < 1:
             walk = alpha * delta
-            u_next = net(z_j - column(walk, v) * v_j, t_j - walk, r_j, y_j)
+            u_next = net(z_j - rowwise(walk, v) * v_j, t_j - walk, r_j, y_j)
             # Not (αΔ·v + (t-αΔ-r)·u_next)/Δ, the same on paper: for r near t, t-αΔ-r loses its digits.
             target = target + (1 - alpha) * u_next
         target = target.clamp(-clip, clip)
@@ -222,7 +225,7 @@ def alpha_flow_loss(net, x, y, alpha, *, e=None, t=None, r=None, drop=None, gene
 
     x: (B, C, H, W) data, about unit scale. y: (B,) int64 labels, never changed. alpha: see alpha_at.
     e (B, C, H, W), t, r, drop (B,): the noise, the times and the uniform numbers that drop labels;
-    drawn from `generator` where not given. fm_ratio, mean, std: see sample_times.
+    drawn from `generator`, one on the CPU, where not given. fm_ratio, mean, std: see sample_times.
     omega, kappa, t_min, t_max: see guided_velocity. label_drop: probability of the null label inside
     that interval. null: its index, needed by both. clip, derivative: see u_target. c, shrink_c: see
     adaptive_weight.
@@ -236,15 +239,15 @@ def alpha_flow_loss(net, x, y, alpha, *, e=None, t=None, r=None, drop=None, gene
       L_TFM, L_TC      trajectory flow matching |u - v|², consistency 2·(v - u_target)·u (α-Flow eq. 7)
       clipped          share of the target's entries at the clip
       tangent          mean |Δ·du/dt|: exact at α = 0, a finite difference along αΔ above, 0 at α = 1
-    ValueError for an alpha outside [0, 1], a missing null, or one of t and r without the other.
+    ValueError for an alpha outside [0, 1], a missing null, or only one of t and r.
     """
-    if null is None and (label_drop > 0 or (omega, kappa) != (1, 0)):
-        raise ValueError("guidance and label dropping need null, the index of the null label")
+    if not 0 <= label_drop <= 1 or label_drop > 0 and null is None:
+        raise ValueError(f"label_drop is a probability and needs null, the index of the null label; got "
+                         f"{label_drop} and {null}")
     if (t is None) != (r is None):
         raise ValueError("give both t and r, or neither")
     target_net = net if target_net is None else target_net
-    if e is None:
-        e = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    e = noise_like(x, generator) if e is None else e
     if t is None:
         t, r = sample_times(len(x), fm_ratio, mean, std, generator)
     if label_drop > 0:
@@ -252,30 +255,30 @@ def alpha_flow_loss(net, x, y, alpha, *, e=None, t=None, r=None, drop=None, gene
         y = drop_labels(y, t, drop.to(y.device) < label_drop, null, t_min, t_max)
 
     t_x, r_x, y_x = on(x, t, r, y)
-    z = column(1 - t_x, x) * x + column(t_x, x) * e                                 # (B, C, H, W)
+    z = rowwise(1 - t_x, x) * x + rowwise(t_x, x) * e                                 # (B, C, H, W)
     u = net(z, t_x, r_x, y_x)                                                       # (B, C, H, W)
     v = guided_velocity(target_net, z, t, e - x, y, omega, kappa, t_min, t_max, null, r, u)
     target = u_target(target_net, z, t, r, v, y, alpha, clip, derivative)
 
     jump = t_x != r_x
     err = (u - target).square().flatten(1).mean(1)                                  # (B,)
-    rows = adaptive_weight(err, alpha, jump, c, shrink_c) * err                     # (B,)
-    loss = rows.mean()
-    return loss, statistics(u.detach(), v, target, err.detach(), rows.detach(), alpha, jump, clip)
+    parts = adaptive_weight(err, alpha, jump, c, shrink_c) * err                    # (B,)
+    stats = statistics(u.detach(), v, target, err.detach(), parts.detach(), alpha, jump, clip)
+    return parts.mean(), stats
 
 
-def statistics(u, v, target, err, rows, alpha, jump, clip):
+def statistics(u, v, target, err, parts, alpha, jump, clip):
     """The `stats` of alpha_flow_loss, from what it has at hand: no further pass through the network."""
-    at_clip = (target.abs() >= clip) & column(jump & (alpha > 0), u)
+    at_clip = (target.abs() >= clip) & rowwise(jump & (alpha > 0), u)
     if alpha == 1:
         rate = torch.zeros_like(u)                      # the target holds no trace of du/dt
     elif alpha == 0:
         rate = v - target
     else:                                               # u_target solved for (u - u_next)/α
         rate = ((1 - alpha) * u + alpha * v - target) / (alpha * (1 - alpha))
-    return {"err": err.mean(), "loss_fm": (rows * ~jump).mean(), "loss_jump": (rows * jump).mean(),
+    return {"err": err.mean(), "loss_fm": (parts * ~jump).mean(), "loss_jump": (parts * jump).mean(),
             "L_TFM": (u - v).square().mean(), "L_TC": (2 * (v - target) * u).mean(),
-            "clipped": at_clip.float().mean(), "tangent": (rate.abs() * column(jump, u)).mean()}
+            "clipped": at_clip.to(u.dtype).mean(), "tangent": (rate.abs() * rowwise(jump, u)).mean()}
 
 
 # ---- 6. do the two halves pull against each other? -------------------------------------------------
@@ -291,16 +294,15 @@ def gradient_conflict(net, x, y, alpha=0.0, *, e=None, t=None, r=None, generator
         cos_fm_tc      that of L_FM', much weaker, which is why rows with r = t help
         cos_tfm_fm
     Read with care: where the sum is stationary its two gradients cancel, so cos_tfm_tc = -1 there,
-    whatever the method.
+    whatever the method. At α = 1 the target is v, so L_TC and its cosines are 0.
     net: a torch.nn.Module. x: (B, C, H, W). y: (B,). By default all rows have r < t. The rest is as in
     alpha_flow_loss.
     """
-    if e is None:
-        e = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    e = noise_like(x, generator) if e is None else e
     if t is None:
         t, r = sample_times(len(x), 0.0, mean, std, generator)
     t_x, r_x, y_x = on(x, t, r, y)
-    z = column(1 - t_x, x) * x + column(t_x, x) * e                                 # (B, C, H, W)
+    z = rowwise(1 - t_x, x) * x + rowwise(t_x, x) * e                                 # (B, C, H, W)
     twice = torch.cat([z, z]), torch.cat([t_x, t_x]), torch.cat([r_x, t_x]), torch.cat([y_x, y_x])
     u, u_fm = net(*twice).chunk(2)
     v = guided_velocity(net, z, t, e - x, y, omega, kappa, t_min, t_max, null)
@@ -319,8 +321,14 @@ def gradient_conflict(net, x, y, alpha=0.0, *, e=None, t=None, r=None, generator
 
 # ---- small helpers ---------------------------------------------------------------------------------
 
-def column(a, like):
-    """(B,) as (B, 1, 1, 1), to multiply images."""
+def noise_like(x, generator=None):
+    """N(0, 1) of x's shape; from the CPU's generator if one is given, then moved."""
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+def rowwise(a, like):
+    """(B,) as (B, 1, 1, 1), to multiply images row by row."""
     return a.view(-1, *[1] * (like.dim() - 1))
 
 

@@ -407,8 +407,8 @@ def curve(log, path, panels=("alpha", "loss_fm", "loss_jump", "err", "tangent", 
         floor, full = (i + 1) * height - 8, height - 30
         pen.line([(left, floor), (width - 10, floor)], fill="#cccccc")
         heights = [full * min(max(value / top, 0), 1.05) for value in values]
-        pen.line([(left + (width - 10 - left) * row["step"] / last, floor - h) for row, h in zip(rows, heights)],
-                 fill="black")
+        along = [left + (width - 10 - left) * row["step"] / last for row in rows]
+        pen.line([(x, floor - h) for x, h in zip(along, heights)], fill="black")
         pen.text((4, i * height + 4), f"{name} = {values[-1]:.3g} at step {rows[-1]['step']}", fill="black")
         pen.text((4, floor - full - 6), f"{top:.3g}", fill="#888888")
     image.save(path)
