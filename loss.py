@@ -117,13 +117,14 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
     r, u: the end times and the prediction u(z, t, r, y), given together if at hand; rows with r = t
     are then not run again. Returns (B, C, H, W), without gradient.
 
-    Only rows that need it go through the network, all in one call. For a row without a label (y = null)
-    the two passes are one and the same, so its target is ω·v + (1-ω)·u(z, t, t, null).
+    Only rows that need it go through the network, all in one call. A row is ω·v + k_y·u_y + k_null·u_null
+    below; for one without a label (y = null) the two passes are the same, and k_y = 1-ω takes both.
+    ValueError if null is missing, or u given without r.
     """
     if omega == 1 and kappa == 0:
         return v.detach()
-    if null is None:
-        raise ValueError("guidance needs null, the index of the null label")
+    if null is None or (u is None) != (r is None):
+        raise ValueError("guidance needs null, the index of the null label; r and u go together")
     guided, unlabelled = inside(t, t_min, t_max).cpu(), (y == null).cpu()         # plans are made on the host
     known = torch.zeros_like(guided) if u is None else (r == t).cpu()
     rest = 1 - omega - kappa                            # the null branch's share; 0.7 + 0.3 is 1
@@ -140,7 +141,7 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
         rows, labels = on(z, torch.cat([rows_y, rows_null]), labels)
         t_rows = on(z, t)[rows]
         out = net(z[rows], t_rows, t_rows, labels).to(v.dtype)
-        u_y.index_copy_(0, rows[:len(rows_y)], out[:len(rows_y)])                   # where r < t, u is not it
+        u_y.index_copy_(0, rows[:len(rows_y)], out[:len(rows_y)])                   # for r < t, u was another
         u_null.index_copy_(0, rows[len(rows_y):], out[len(rows_y):])
 
     guided, k_y, k_null = on(z, guided, k_y, k_null)
@@ -238,7 +239,8 @@ def alpha_flow_loss(net, x, y, alpha, *, e=None, t=None, r=None, drop=None, gene
       loss_fm, loss_jump   the parts of the loss from rows with r = t and r < t; they add up to it
       L_TFM, L_TC      trajectory flow matching |u - v|², consistency 2·(v - u_target)·u (α-Flow eq. 7)
       clipped          share of the target's entries at the clip
-      tangent          mean |Δ·du/dt|: exact at α = 0, a finite difference along αΔ above, 0 at α = 1
+      tangent          mean |Δ·du/dt|: exact at α = 0, 0 at α = 1, between them a finite difference along
+                       αΔ, which under bf16 is mostly rounding when α is small
     ValueError for an alpha outside [0, 1], a missing null, or only one of t and r.
     """
     if not 0 <= label_drop <= 1 or label_drop > 0 and null is None:
@@ -314,7 +316,8 @@ def gradient_conflict(net, x, y, alpha=0.0, *, e=None, t=None, r=None, generator
     gradient = {}
     for name, loss in losses.items():
         parts = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-        gradient[name] = torch.cat([g.flatten().double() for g in parts])
+        exact = torch.float32 if x.device.type == "mps" else torch.float64          # which mps does not have
+        gradient[name] = torch.cat([g.flatten().to(exact) for g in parts])
     return {f"cos_{a}_{b}": torch.cosine_similarity(gradient[a], gradient[b], dim=0).item()
             for a, b in (("tfm", "tc"), ("fm", "tc"), ("tfm", "fm"))}
 
@@ -333,11 +336,13 @@ def rowwise(a, like):
 
 
 def on(z, *small):
-    """Small host tensors on z's device, floats in its dtype. Pinned first, or a GPU's queue would drain."""
+    """Small host tensors on z's device, floats in its dtype."""
     moved = []
     for a in small:
-        a = a.pin_memory() if z.is_cuda and not a.is_cuda else a
-        moved.append(a.to(z.device, z.dtype if a.is_floating_point() else a.dtype, non_blocking=True))
+        a = a.to(z.dtype) if a.is_floating_point() else a
+        if z.is_cuda and not a.is_cuda:                 # pinned, or the copy would wait for the GPU's queue
+            a = a.contiguous().pin_memory()
+        moved.append(a.to(z.device, non_blocking=z.is_cuda))
     return moved[0] if len(moved) == 1 else moved
 
 
@@ -365,7 +370,9 @@ def main():
         raise ValueError(f"--batches and --batch must be at least 1, got {args.batches} and {args.batch}")
 
     ckpt, device = sample.read(args.ckpt), sample.pick_device(args.device)
-    recipe, weights = ckpt["config"]["recipe"], "ema" if args.ema else "raw"
+    recipe, weights = ckpt["config"].get("recipe"), "ema" if args.ema else "raw"
+    if not recipe:
+        raise ValueError(f"{args.ckpt} does not say how it was trained: expected a checkpoint of train.py")
     dataset = data.load(recipe["data"], seed=args.seed)
     net, _ = sample.load(args.ckpt, weights, device)
     net.requires_grad_(True)

@@ -140,6 +140,8 @@ class PatchEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -155,6 +157,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """(B, T, D) -> (B, T, D), four times wider in between."""
+
     def __init__(self, dim):
         super().__init__()
         self.fc1 = Linear(dim, 4 * dim)
@@ -165,8 +169,9 @@ class MLP(nn.Module):
 
 
 def norm(h, shift, scale):
-    """LayerNorm of h (B, T, D) whose shift and scale, each (B, D), come from the condition."""
-    return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    """LayerNorm of h (B, T, D) whose shift and scale, each (B, D), come from the condition; in float32."""
+    h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
+    return h + h * scale[:, None] + shift[:, None]              # not h·(1 + scale): bf16 would round the sum
 
 
 class Block(nn.Module):
@@ -185,6 +190,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """(B, T, D), (B, D) -> (B, T, out): what each token says about its patch."""
+
     def __init__(self, dim, out):
         super().__init__()
         self.linear = Linear(dim, out)

@@ -5,7 +5,7 @@ From a checkpoint to pictures, in one evaluation of the network or a few.
     python sample.py --ckpt out/digits/ckpt.pt --grid 1,0.55,0 --sampler consistency --classes 3,1,4
     python sample.py --ckpt out/digits/ckpt.pt --num 1000 --out out/many.npz  # or out/many/ for PNGs
     python sample.py --ckpt out/digits/ckpt.pt --trajectory out/digits/trajectory.gif
-    torchrun --nproc_per_node=8 sample.py --ckpt out/digits/ckpt.pt --num 50000 --out out/many/
+    torchrun --nproc_per_node=8 -- sample.py --ckpt out/digits/ckpt.pt --num 50000 --out out/many/
 
 t = 1 is noise, t = 0 is data. The network gives u(z, t, r, y), the average velocity of the jump from t
 down to r, so a step t -> s is one subtraction however long it is: z_s = z_t - (t - s)·u(z_t, t, s, y).
@@ -381,12 +381,14 @@ def parse():
     return parser.parse_args()
 
 
-def place(out, trajectory, world):
+def place(out, trajectory, world, num):
     """(path, kind) of the output, kind "png", "npz" or "folder"; UserError if it cannot be written."""
     path = Path(out)
     kind = "folder" if out.endswith("/") or path.is_dir() or not path.suffix else path.suffix.lower()[1:]
     if kind not in ("png", "npz", "folder"):
         raise UserError(f"--out {out}: give FILE.png for a grid, FILE.npz, or FOLDER/ with its slash")
+    if kind == "png" and num > 4096:
+        raise UserError(f"--num {num}: a grid shows 4096 at most, give --out FOLDER/ or --out FILE.npz")
     if kind != "folder" and world > 1:
         raise UserError(f"--out {out}: several processes write a folder of PNGs, give --out FOLDER/")
     if kind == "folder" and path.is_dir() and any(path.iterdir()):
@@ -416,14 +418,14 @@ def main():
     cfg, about = net.config, ckpt["data"] if isinstance(ckpt.get("data"), dict) else {}
     listed = args.classes.count(",") + 1 if args.classes[:1].isdigit() else cfg.classes
     num = min(100, 10 * listed) if args.num is None else args.num
+    if num > 10**8:
+        raise UserError(f"--num {num}: give 100,000,000 at most")
     labels = make_labels(args.classes, num, cfg.classes, args.seed, about.get("label_counts"))
     shape = decode(torch.zeros(1, cfg.channels, cfg.size, cfg.size, device=device)).shape[1:]
     out = args.out or args.ckpt.parent / f"grid_{args.sampler}_nfe{len(grid) - 1}_{args.weights}.png"
-    path, kind = place(str(out), args.trajectory, world)
+    path, kind = place(str(out), args.trajectory, world, num)
     if kind != "npz" or args.trajectory:
         as_image(torch.zeros(shape, dtype=torch.uint8))  # says so now if this is no picture
-    if kind == "png" and num > 4096:
-        raise UserError(f"--num {num}: a grid shows 4096 at most, give --out FOLDER/ or --out FILE.npz")
     if world > 1:  # nobody may write before everybody has seen an empty folder
         torch.distributed.init_process_group("gloo")
         torch.distributed.barrier()

@@ -5,7 +5,7 @@
     python train.py --data mine --model Mi/4               # after: python data.py folder ... --out data/mine
     torchrun --nproc_per_node=8 train.py --model XL/2      # ImageNet latents, the paper's recipe
 
-The objective is chosen by two flags:
+The objective is chosen by its flags:
 
     --alpha-schedule sigmoid     α-Flow            --alpha 0.5        Shortcut
     --alpha 0                    MeanFlow          --alpha 1          trajectory flow matching
@@ -18,7 +18,6 @@ import importlib.util
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import textwrap
@@ -83,7 +82,7 @@ PAPER = {name: default for group in SETTINGS.values() for name, (default, _) in 
 GUIDED = dict(steps=1_200_000, label_drop=0.1)
 XL_GUIDED = dict(GUIDED, omega=0.2, kappa=0.92, t_max=0.75)
 MEANFLOW = dict(alpha_schedule="constant", alpha_start=0.0)
-# Ours, found on the digits: α is 0 from half-time on, so that MeanFlow gets half of the run to itself.
+# Ours, found on the digits: with this window α is 0 after 36 % of the run, and MeanFlow gets the rest.
 SMALL = dict(steps=2500, batch=128, alpha_window=(0.0, 0.5), lr=3e-3, lr_decay="linear", lr_tail=0.3,
              warmup=100)
 
@@ -172,8 +171,9 @@ def resolve(args, saved=None):
     if args.alpha is not None:
         if args.alpha_schedule not in (None, "constant"):
             raise ValueError(f"--alpha is a constant, and --alpha-schedule {args.alpha_schedule} is none")
-        if args.alpha_start is not None:
-            raise ValueError("--alpha and --alpha-start are two names for one number here: give one of them")
+        for name in ("alpha_start", "alpha_end", "alpha_window", "alpha_gamma"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--alpha is a constant, so {flag(name)} would do nothing: give one of them")
         recipe.update(alpha_schedule="constant", alpha_start=args.alpha)
         if args.alpha_clamp is None:
             recipe["alpha_clamp"] = 0.0                 # --alpha 0.002 means 0.002
@@ -207,7 +207,7 @@ def check(recipe):
         raise ValueError(f"guidance needs --t-min < --t-max, got {recipe['t_min']} and {recipe['t_max']}")
     if recipe["alpha_schedule"] != "constant" and recipe["alpha_start"] == recipe["alpha_end"]:
         raise ValueError(f"--alpha-schedule {recipe['alpha_schedule']} would stand still: --alpha-start and "
-                         f"--alpha-end are both {recipe['alpha_end']:g}")
+                         f"--alpha-end are both {recipe['alpha_end']:g}; try --alpha-start 1")
     alpha_of(recipe, 0)                                         # these two check what they are given
     sample_times(1, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"])
 
@@ -233,10 +233,9 @@ def ema_decay(recipe, step):
     return 0.5 ** (1 / half_life) if half_life > 0 else 0.0
 
 
+@torch.no_grad()
 def update_ema(ema, net, decay):
-    with torch.no_grad():
-        for average, weight in zip(ema.parameters(), net.parameters()):
-            average.lerp_(weight, 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)     # few launches
 
 
 def draw(recipe, step, shape, device):
@@ -258,12 +257,26 @@ def start_processes(device_name):
     """(rank, world, device): from torchrun's environment, or a single process without it."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = sample.pick_device(device_name)
+    if device.type == "mps" and device_name is None and not can_differentiate(device):
+        print("mps cannot compute du/dt with this PyTorch: training on the CPU (--device mps insists)")
+        device = torch.device("cpu")
     if world > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return int(os.environ.get("RANK", 0)), world, device
+
+
+def can_differentiate(device):
+    """Whether the forward-mode derivative du/dt runs on this device at all."""
+    net, t = build("Ti/2", 8, 1, 10).to(device), torch.ones(1, device=device)
+    z, y = torch.zeros(1, 1, 8, 8, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    try:
+        with torch.no_grad():
+            du_dt(net, z, t, t, z, y)
+        return True
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 def any_process(run, *flags):
@@ -327,19 +340,27 @@ def init_from(net, path, say):
 def compiled(net, z, autocast, say):
     """torch.compile of the network and of du/dt, or the eager ones if that fails or gives other numbers."""
     t = torch.linspace(0.3, 1, len(z), device=z.device)
-    point = (z, t, t / 2, torch.zeros(len(z), dtype=torch.long, device=z.device))
+    r, y = t / 2, torch.zeros(len(z), dtype=torch.long, device=z.device)
     weights = [p.detach().clone() for p in net.parameters()]
+
+    def gradient(network):                              # the program that trains, backward and all
+        with autocast():
+            loss = network(z, t, r, y).square().mean()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+
+    def tangent(function):                              # du/dt as u_target asks for it, z serving as v
+        with torch.no_grad(), autocast():
+            return function(net, z, t, r, z, y)
+
     try:
         fast, fast_du_dt = torch.compile(net), torch.compile(du_dt)
-        with torch.no_grad(), autocast():
+        with torch.no_grad():
             for p in net.parameters():                  # a fresh DiT is u = 0, on which all programs agree
                 p.add_(0.02 * torch.randn_like(p))
-            z, t, r, y = point
-            for slow, quick in ((net(*point), fast(*point)),
-                                (du_dt(net, z, t, r, z, y), fast_du_dt(net, z, t, r, z, y))):
-                gap = ((slow - quick).norm() / slow.norm()).item()
-                if not gap < 0.02:
-                    raise ArithmeticError(f"compiled and eager results differ by {gap:.1e}")
+        for slow, quick in ((gradient(net), gradient(fast)), (tangent(du_dt), tangent(fast_du_dt))):
+            gap = ((slow - quick).norm() / slow.norm()).item()
+            if not gap < 0.02:
+                raise ArithmeticError(f"compiled and eager results differ by {gap:.1e}")
         say("compile: on")
         return fast, fast_du_dt
     except Exception as error:                          # whatever it is, training must go on without it
@@ -377,15 +398,20 @@ def open_log(run):
 
 
 def memory_mb(device):
-    """Peak memory of this process: the GPU's where there is one."""
+    """Peak memory of this process: the GPU's where there is one. 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return 0.0
+    import resource                                             # Windows has none
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss   # kB, but bytes on macOS
     return peak / 2**(20 if sys.platform == "darwin" else 10)
 
 
 def preview(path, net, ema, dataset, device, columns=20):
     """The same noise through raw and averaged weights in one and two evaluations: four rows of pictures."""
+    if dataset.shape[0] not in (1, 3):                          # nothing an eye could read
+        return
     columns = max(10, min(columns, 1280 // max(48, dataset.shape[-1])))
     labels = (torch.arange(columns) % dataset.classes).to(device)
     noise = sample.noise_for(range(columns), dataset.shape, seed=0).to(device)
@@ -398,6 +424,8 @@ def preview(path, net, ema, dataset, device, columns=20):
 def curve(log, path, panels=("alpha", "loss_fm", "loss_jump", "err", "tangent", "grad_norm")):
     """A picture of log.jsonl, one panel a quantity from 0 up, the steps from left to right."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
+    if not rows:                            # resumed into a new folder, and no line is due yet
+        return
     width, height, left, last = 900, 110, 70, max(1, rows[-1]["step"])
     image = Image.new("RGB", (width, height * len(panels)), "white")
     pen = ImageDraw.Draw(image)
@@ -414,10 +442,11 @@ def curve(log, path, panels=("alpha", "loss_fm", "loss_jump", "err", "tangent", 
     image.save(path)
 
 
-def post_mortem(run, step, alpha, norm, tangent, micro_batches, noise, objective):
+def post_mortem(run, step, alpha, norm, tangent, batches, noise, objective):
     """After a non-finite loss or gradient: save what is needed to see why; returns a line that says where."""
-    x, y = (torch.cat(part) for part in zip(*micro_batches))
-    noise = {k: torch.cat([v[own_rows(run, m)] for m in range(len(micro_batches))]) for k, v in noise.items()}
+    x, y = (torch.cat(part) for part in zip(*batches))
+    noise = {k: torch.cat([v[own_rows(run, m)] for m in range(len(batches))]) for k, v in noise.items()}
+    run.out.mkdir(parents=True, exist_ok=True)                  # another node may not share rank 0's disk
     save(run.out / f"nonfinite_rank{run.rank}.pt",
          {"step": step, "alpha": alpha, "net": run.net.state_dict(), "x": x, "y": y, **noise})
     where = "all rows finite by themselves"
@@ -452,7 +481,7 @@ class Run:
     device: torch.device
 
     def checkpoint(self, finished):
-        return {"format": "alphaflow-1", "net": self.net.state_dict(), "ema": self.ema.state_dict(),
+        return {"format": sample.FORMAT, "net": self.net.state_dict(), "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "step": finished, "data": self.dataset.describe(),
                 "config": {"model": dataclasses.asdict(self.net.config), "recipe": self.recipe}}
 
@@ -487,18 +516,25 @@ def assemble(args, rank, world, device):
     optimizer = torch.optim.Adam(net.parameters(), lr=recipe["lr"], **options)
     if ckpt:
         net.load_state_dict(ckpt["net"])
+        ckpt["optimizer"]["param_groups"][0].update(options)    # this run's and this device's
         optimizer.load_state_dict(ckpt["optimizer"])
-        optimizer.param_groups[0].update(options)               # this run's, should they differ
     start = ckpt["step"] if ckpt else 0
+    if world > 1:
+        starts = [None] * world
+        dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:
+            raise ValueError(f"the processes would start at different steps, {starts}: --out must be a "
+                             "folder that all of them see")
     return Run(args, recipe, dataset, net, ema, optimizer, start, out, rank, world, device)
 
 
-def precision(run, say):
+def prepare_network(run, say):
     """(network, du/dt, autocast): compiled or eager, and the context that rounds products to bf16 or not.
 
     Only matrix products are rounded: weights, targets, residual stream, norms, times and loss are float32.
     """
-    torch.set_float32_matmul_precision("high")                  # TF32 where the device has it
+    # TF32 where the device has it, unless float32 was asked for by name.
+    torch.set_float32_matmul_precision("highest" if run.args.precision == "fp32" else "high")
     cuda = run.device.type == "cuda"
     kind = run.args.precision or ("bf16" if cuda else "fp32")
 
@@ -556,8 +592,8 @@ def backward(run, predict, batches, alpha, noise, objective, autocast):
         last = m == len(batches) - 1 or run.world == 1
         with contextlib.nullcontext() if last else predict.no_sync():                   # DDP averages once
             with autocast():
-                loss, stats = alpha_flow_loss(predict, x.to(run.device, non_blocking=True), y, alpha,
-                                              **mine, **objective)
+                x = x.to(run.device, non_blocking=run.device.type == "cuda")
+                loss, stats = alpha_flow_loss(predict, x, y, alpha, **mine, **objective)
             (loss / len(batches)).backward()
         for name, value in {"loss": loss.detach(), **stats}.items():
             total[name] = total.get(name, 0) + value / len(batches)
@@ -566,12 +602,11 @@ def backward(run, predict, batches, alpha, noise, objective, autocast):
 
 def train(run):
     """The loop. Step k is a function of the state after step k-1 and of (seed, k): to resume is to go on."""
-    args, recipe, net, ema, optimizer, device = (getattr(run, name) for name in (
-        "args", "recipe", "net", "ema", "optimizer", "device"))
+    args, recipe, net, device = run.args, run.recipe, run.net, run.device
     steps, first = recipe["steps"], run.rank == 0
     preview_every = args.preview_every or max(1, steps // 10)
     save_every = args.save_every or min(preview_every, 5000)
-    fast, derivative, autocast = precision(run, print if first else lambda *_: None)
+    fast, derivative, autocast = prepare_network(run, print if first else lambda *_: None)
     # The prediction goes through DDP, whose backward averages gradients; targets need none and do without.
     predict = fast
     if run.world > 1:
@@ -581,7 +616,7 @@ def train(run):
     objective.update(null=net.config.classes, target_net=fast, derivative=derivative)
 
     write = open_log(run) if first else None
-    loader, stop_asked, tangent = data.prefetch(micro_batches(run)), catch_signals(), 0.0
+    loader, stop_asked = data.prefetch(micro_batches(run)), catch_signals()
     clock, waited, logged = time.perf_counter(), 0.0, run.start - 1
     bar = tqdm(range(run.start, steps), initial=run.start, total=steps, disable=None if first else True)
     for step in bar:
@@ -595,16 +630,16 @@ def train(run):
         # The one place where the host waits for the device: a bad gradient must not reach the weights.
         stop, broken = any_process(run, stop_asked(), not math.isfinite(norm + stats["loss"]))
         if broken:
-            raise SystemExit(post_mortem(run, step, alpha, norm, tangent, batches, noise, objective))
-        for group in optimizer.param_groups:
+            raise SystemExit(post_mortem(run, step, alpha, norm, stats["tangent"], batches, noise, objective))
+        for group in run.optimizer.param_groups:
             group["lr"] = lr_at(recipe, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_ema(ema, net, ema_decay(recipe, step))
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        update_ema(run.ema, net, ema_decay(recipe, step))
 
-        if step % args.log_every == 0 or stop or step + 1 == steps:
-            stats = mean_over_processes(run, stats)
-            tangent, seconds = stats["tangent"], time.perf_counter() - clock
+        done = step + 1
+        if step % args.log_every == 0 or stop or done == steps:
+            stats, seconds = mean_over_processes(run, stats), time.perf_counter() - clock
             bar.set_postfix(alpha=f"{alpha:.3g}", err=f"{stats['err']:.3g}")
             if first:
                 write({"step": step, **stats, "alpha": alpha, "lr": lr_at(recipe, step),
@@ -612,12 +647,13 @@ def train(run):
                        "images_per_s": recipe["batch"] * (step - logged) / seconds,
                        "waiting": waited / seconds})            # share of the time, for pictures
             clock, waited, logged = time.perf_counter(), 0.0, step
-        done = step + 1
-        if first and (done % preview_every == 0 or done == steps):
-            preview(run.out / f"samples_{done:07d}.png", net, ema, run.dataset, device)
-            curve(run.out / "log.jsonl", run.out / "curve.png")
         if first and (done % save_every == 0 or done == steps or stop):
-            save(run.out / "ckpt.pt", run.checkpoint(done))
+            save(run.out / "ckpt.pt", run.checkpoint(done))     # before the pictures: nothing may cost a save
+        if first and (done % preview_every == 0 or done == steps):
+            began = time.perf_counter()
+            preview(run.out / f"samples_{done:07d}.png", net, run.ema, run.dataset, device)
+            curve(run.out / "log.jsonl", run.out / "curve.png")
+            clock += time.perf_counter() - began                # images_per_s is about training alone
         if stop:
             break
     return done
@@ -636,6 +672,9 @@ def main():
         if run.start:
             print(f"resuming at step {run.start} of {steps}")
         run.out.mkdir(parents=True, exist_ok=True)
+        if run.start == 0:                                      # --overwrite: the old run is gone now
+            for old in [run.out / "ckpt.pt", *run.out.glob("samples_*.png")]:
+                old.unlink(missing_ok=True)
         (run.out / "recipe.json").write_text(json.dumps(run.recipe, indent=1) + "\n")
     finished = train(run) if run.start < steps else steps
     if rank == 0:
@@ -645,7 +684,8 @@ def main():
                   f"Continue with: python train.py --resume {ckpt}")
         else:
             labels = torch.arange(10) % run.dataset.classes
-            sample.trajectory(run.ema, data.to_uint8, labels, "ode", 0, run.out / "trajectory.gif")
+            if run.dataset.shape[0] in (1, 3):
+                sample.trajectory(run.ema, data.to_uint8, labels, "ode", 0, run.out / "trajectory.gif")
             print(f"done: {run.out}/ holds ckpt.pt, samples_*.png, curve.png, trajectory.gif and log.jsonl. "
                   f"Next: python sample.py --ckpt {ckpt} --nfe 1")
     if world > 1:

@@ -1,9 +1,10 @@
-"""Parity: the network, its derivatives, the α-Flow target, weight, loss and gradients, and the schedules.
+"""Parity: the network, its derivatives, the α-Flow target, weight, loss, gradients, and the schedules.
 
     python -m pytest tests/test_golden.py
 
-golden/ holds numbers only; golden/README.md says what they are and where they come from. Everything is compared in
-float64 to 1e-11 and in float32 to 2e-5, of the largest entry (or of 1). The samplers' numbers are in test_sample.py.
+golden/ holds numbers only; golden/README.md says what they are and where they come from. Everything is
+compared in float64 to 1e-11 and in float32 to 2e-5, of the largest entry (or of 1). The samplers'
+numbers are in test_sample.py.
 """
 import json
 import sys
@@ -19,7 +20,8 @@ import loss as L  # noqa: E402
 from model import DiT, DiTConfig  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
-NET, LOSS, SCHEDULES = (dict(np.load(GOLDEN / f"{name}.npz")) for name in ("sit_small", "losses", "schedules"))
+NET, LOSS, SCHEDULES = (dict(np.load(GOLDEN / f"{name}.npz"))
+                         for name in ("sit_small", "losses", "schedules"))
 NULL = 10
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["f64", "f32"])
@@ -35,7 +37,7 @@ def tensors(arrays, names, dtype):
 def golden_net(dtype):
     net = DiT(DiTConfig(size=8, channels=4, patch=2, dim=64, depth=3, heads=4, classes=10))
     weights = {name[3:]: torch.from_numpy(NET[name]) for name in NET if name.startswith("sd/")}
-    net.load_state_dict(weights)                            # strict: names and shapes are those of the released files
+    net.load_state_dict(weights)                            # strict: the released names and shapes
     assert sum(p.numel() for p in net.parameters()) == 277_456
     return net.to(dtype)
 
@@ -47,10 +49,10 @@ def check(got, expected, dtype):
     assert off < TOLERANCE[dtype]
 
 
-# ---- network ---------------------------------------------------------------------------------------------------------
+# ---- network ---------------------------------------------------------------------------------------
 
 @DTYPES
-@pytest.mark.parametrize("grad", [True, False])             # without gradients Linear has a rule of its own
+@pytest.mark.parametrize("grad", [True, False])             # without gradients Linear has its own rule
 def test_network(dtype, grad):
     net, (z, t, r, y) = golden_net(dtype), tensors(NET, "xtry", dtype)
     with torch.set_grad_enabled(grad):
@@ -61,8 +63,9 @@ def test_network(dtype, grad):
 
 def test_activations():
     net, (z, t, r, y) = golden_net(torch.float64), tensors(NET, "xtry", torch.float64)
-    modules = {"patch_embed": net.x_embedder, "emb_t": net.noise_labels_embedder, "emb_y": net.y_embedder,
-               "emb_delta": net.noise_labels_next_embedder, "final_tokens": net.final_layer,
+    modules = {"patch_embed": net.x_embedder, "emb_t": net.noise_labels_embedder,
+               "emb_y": net.y_embedder, "emb_delta": net.noise_labels_next_embedder,
+               "final_tokens": net.final_layer,
                **{f"block{i}": block for i, block in enumerate(net.blocks)}}
     seen = {}
     for name, module in modules.items():
@@ -97,15 +100,17 @@ def test_position_table():
     check(net.pos_embed, NET["sd/pos_embed"], torch.float32)
 
 
-# ---- loss ------------------------------------------------------------------------------------------------------------
+# ---- loss ------------------------------------------------------------------------------------------
 
 CASES = sorted({name.split("/")[0] for name in LOSS if "/" in name})
-ORDERS = pytest.mark.parametrize("order", [list(range(8)), [5, 0, 7, 2, 1, 6, 3, 4]], ids=["", "shuffled"])
+ORDERS = pytest.mark.parametrize(
+    "order", [list(range(8)), [5, 0, 7, 2, 1, 6, 3, 4]], ids=["", "shuffled"])
 
 
 def setting(case, order, dtype):
-    """net, the batch x, e, t, r, y of a case with its rows in this order, v = e - x, z, α and the guidance."""
-    x, e, t, r, y = (a[order] for a in tensors(LOSS, (f"x_{batch(case)}", "noise", "t", "r", "y"), dtype))
+    """net, the batch x, e, t, r, y of a case, rows in this order, v = e - x, z, α and the guidance."""
+    x, e, t, r, y = (
+        a[order] for a in tensors(LOSS, (f"x_{batch(case)}", "noise", "t", "r", "y"), dtype))
     alpha, omega, kappa, t_min, t_max = LOSS[f"{case}/settings"].tolist()
     z = (1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * e
     return golden_net(dtype), (x, e, t, r, y), e - x, z, alpha, (omega, kappa, t_min, t_max, NULL)
@@ -129,7 +134,7 @@ def test_velocity_target_and_weight(case, order, dtype):
     check(u, LOSS[f"pred_{batch(case)}"][order], dtype)
 
     guided = L.guided_velocity(net, z, t, v, y, *guidance)
-    known = LOSS["v_cfg_cfg"][order] if case.startswith("cfg") else v         # without guidance it stays e - x
+    known = LOSS["v_cfg_cfg"][order] if case.startswith("cfg") else v         # unguided it stays e - x
     check(guided, known, dtype)
     check(L.guided_velocity(net, z, t, v, y, *guidance, r, u), known, dtype)  # the cheap form
 
@@ -177,14 +182,15 @@ def test_loss_and_gradients(case, order, dtype):
             check(grads[name.split("/")[-1]], LOSS[name], dtype)
 
 
-# ---- schedules -------------------------------------------------------------------------------------------------------
+# ---- schedules -------------------------------------------------------------------------------------
 
 SETTINGS = json.loads(str(SCHEDULES["settings_json"]))
 
 
 def expressible(s):
-    """Two of the 61 keep α at the snap instead of 0 (`discrete_training`), one has a second threshold for the snap to 1
-    (`up_clamp_value`), and one is an exponential that ends at 0, which is 0 from its second step on: an error here."""
+    """Two of the 61 keep α at the snap instead of 0 (`discrete_training`), one has a second threshold
+    for the snap to 1 (`up_clamp_value`), and one is an exponential that ends at 0, which is 0 from its
+    second step on: an error here."""
     return not (s.get("discrete_training") or s["up_clamp_value"]
                 or (s["scheduler"] == "exponential" and s["end_value"] == 0))
 
@@ -195,8 +201,8 @@ def test_schedules():
         if expressible(s):
             window = (s["change_init_steps"] / 1000, s["change_end_steps"] / 1000)
             for step, value in zip(SCHEDULES["steps"].tolist(), values):
-                alpha = L.alpha_at(step, 1000, s["scheduler"], window, s["initial_value"], s["end_value"],
-                                   s["gamma"], s["clamp_value"])
+                alpha = L.alpha_at(step, 1000, s["scheduler"], window,
+                                   s["initial_value"], s["end_value"], s["gamma"], s["clamp_value"])
                 assert isinstance(alpha, float) and alpha == pytest.approx(value, abs=1e-14), (s, step)
 
 

@@ -41,9 +41,10 @@ def gradients(net):
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
-# ---- sizes and shapes ------------------------------------------------------------------------------------------------
+# ---- sizes and shapes ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, parameters", [("XL/2", 676_735_504), ("L/2", 459_399_184), ("B/2", 131_288_080)])
+@pytest.mark.parametrize("name, parameters", [
+    ("XL/2", 676_735_504), ("L/2", 459_399_184), ("B/2", 131_288_080)])
 def test_parameter_counts(name, parameters):
     with torch.device("meta"):                              # shapes without memory
         net = build(name, size=32, channels=4, classes=1000)
@@ -85,7 +86,8 @@ def test_initialisation():
             assert p.std().item() == pytest.approx(0.02, rel=0.02), name
         else:                                               # Xavier: uniform on ±sqrt(6 / (in + out))
             bound = (6 / (p[0].numel() + len(p))) ** 0.5
-            assert p.abs().max() <= bound and p.std().item() == pytest.approx(bound / 3**0.5, rel=0.03), name
+            assert p.abs().max() <= bound, name
+            assert p.std().item() == pytest.approx(bound / 3**0.5, rel=0.03), name
 
 
 def test_the_config_rebuilds_the_network():
@@ -98,24 +100,27 @@ def test_the_config_rebuilds_the_network():
 def test_rows_do_not_see_each_other():
     net, (z, t, r, y, _) = random_net().double(), inputs(torch.float64)
     order = torch.tensor([3, 0, 5])
-    torch.testing.assert_close(net(z[order], t[order], r[order], y[order]), net(z, t, r, y)[order], rtol=0, atol=1e-12)
+    torch.testing.assert_close(net(z[order], t[order], r[order], y[order]), net(z, t, r, y)[order],
+                               rtol=0, atol=1e-12)
 
 
 def test_it_is_told_t_and_the_length_of_the_jump():
     net, (z, t, r, y, _) = random_net().double(), inputs(torch.float64)
     seen = {}
     for name in ("noise_labels_embedder", "noise_labels_next_embedder"):
-        getattr(net, name).register_forward_hook(lambda _, args, out, name=name: seen.update({name: args[0]}))
+        getattr(net, name).register_forward_hook(
+            lambda _, args, out, name=name: seen.update({name: args[0]}))
     net(z, t, r, y)
-    assert torch.equal(seen["noise_labels_embedder"], t) and torch.equal(seen["noise_labels_next_embedder"], t - r)
+    assert torch.equal(seen["noise_labels_embedder"], t)
+    assert torch.equal(seen["noise_labels_next_embedder"], t - r)
 
 
-# ---- layouts ---------------------------------------------------------------------------------------------------------
+# ---- layouts ---------------------------------------------------------------------------------------
 
 def test_output_tokens_hold_row_column_channel():
     net, (z, t, r, y, _) = DiT(DiTConfig(**SMALL)), inputs()
     with torch.no_grad():
-        net.final_layer.linear.bias.copy_(torch.arange(12.))            # the same 2·2·3 numbers in every token
+        net.final_layer.linear.bias.copy_(torch.arange(12.))    # the same 2·2·3 numbers in every token
     u = net(z, t, r, y)
     for row in range(8):
         for col in range(8):
@@ -135,7 +140,7 @@ def test_tokens_are_row_major_patches():
 
 
 def test_position_table_has_the_column_first():
-    table = position_table(3, 8).view(3, 3, 8)              # (row, column, channel), frequencies 1 and 0.01
+    table = position_table(3, 8).view(3, 3, 8)              # (row, column, channel); frequencies 1, 0.01
     for row in range(3):
         for col in range(3):
             angles = torch.tensor([[col, 0.01 * col], [row, 0.01 * row]], dtype=torch.float64)
@@ -143,10 +148,10 @@ def test_position_table_has_the_column_first():
             torch.testing.assert_close(table[row, col].double(), expected, rtol=0, atol=1e-7)
 
 
-# ---- precisions ------------------------------------------------------------------------------------------------------
+# ---- precisions ------------------------------------------------------------------------------------
 
 def record_dtypes(net):
-    """dtypes of every float that enters or leaves a module, by the module's name; filled as the network runs."""
+    """dtypes of every float that enters or leaves a module, by its name; filled as the network runs."""
     seen = {}
     for name, module in net.named_modules():
         def hook(_, args, out, name=name):
@@ -161,7 +166,8 @@ def test_float64_throughout():
     assert net(z, t, r, y).dtype == du_dt(net, z, t, r, v, y).dtype == torch.float64
     assert {dtype for dtypes in seen.values() for dtype in dtypes} == {torch.float64}
     # ... and not float32 in disguise: a change of 1e-12 in t is felt in proportion
-    moved = (net(z, t + 1e-10, r + 1e-10, y) - net(z, t, r, y)) / (net(z, t + 1e-5, r + 1e-5, y) - net(z, t, r, y))
+    moved = ((net(z, t + 1e-10, r + 1e-10, y) - net(z, t, r, y))
+             / (net(z, t + 1e-5, r + 1e-5, y) - net(z, t, r, y)))
     assert moved.median().item() == pytest.approx(1e-5, rel=1e-2)
 
 
@@ -174,7 +180,7 @@ def test_autocast_keeps_the_stream_and_the_times_in_float32(grad):
         u = net(z, t, r, y)
     assert u.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(u.flatten(), exact.flatten(), dim=0) > 0.999
-    assert 1e-4 < (u - exact).norm() / exact.norm() < 0.05             # bf16 was used, and only cost its digits
+    assert 1e-4 < (u - exact).norm() / exact.norm() < 0.05  # bf16 was used, and only cost its digits
     for name in ("blocks.0", "blocks.1", "noise_labels_embedder", "noise_labels_embedder.mlp.2",
                  "noise_labels_next_embedder", "noise_labels_next_embedder.mlp.0"):
         assert set(seen[name]) == {torch.float32}, name
@@ -183,7 +189,8 @@ def test_autocast_keeps_the_stream_and_the_times_in_float32(grad):
 
 
 def test_autocast_tells_close_times_apart():
-    """0.9990 and 0.9985 are both 1 in bf16, but not the same time: their embeddings are float32's, bit for bit."""
+    """0.9990 and 0.9985 are both 1 in bf16, but not the same time:
+    their embeddings are float32's, bit for bit."""
     net, t = random_net(), torch.tensor([0.9990, 0.9985])
     exact = net.noise_labels_embedder(t)
     with torch.autocast("cpu", torch.bfloat16):
@@ -194,7 +201,7 @@ def test_autocast_tells_close_times_apart():
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_gradients_under_autocast_reach_every_parameter(alpha, steps):
-    """Autocast caches its bf16 copies of the weights: those of the passes without gradient must not cut the others off.
+    """Autocast caches bf16 copies of the weights: those made without gradient must not cut others off.
 
     With 2 steps, two micro-batches share one autocast region.
     """
@@ -211,11 +218,12 @@ def test_gradients_under_autocast_reach_every_parameter(alpha, steps):
     exact, rounded = nets
     for (name, p), q in zip(exact.named_parameters(), rounded.parameters()):
         assert q.grad is not None and q.grad.dtype == torch.float32 and q.grad.abs().max() > 0, name
-        assert torch.nn.functional.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.95, name
+        assert torch.nn.functional.cosine_similarity(
+            p.grad.flatten(), q.grad.flatten(), dim=0) > 0.95, name
     assert torch.nn.functional.cosine_similarity(gradients(exact), gradients(rounded), dim=0) > 0.99
 
 
-# ---- the forward-mode rule of Linear ---------------------------------------------------------------------------------
+# ---- the forward-mode rule of Linear ---------------------------------------------------------------
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_rule_agrees_with_pytorchs_own(autocast):
@@ -226,7 +234,8 @@ def test_the_rule_agrees_with_pytorchs_own(autocast):
         with torch.no_grad():
             ours = du_dt(net, z, t, r, v, y)
     assert own.requires_grad and not ours.requires_grad
-    torch.testing.assert_close(ours, own, rtol=0, atol=(0.02 if autocast else 1e-13) * own.abs().max().item())
+    torch.testing.assert_close(ours, own, rtol=0,
+                               atol=(0.02 if autocast else 1e-13) * own.abs().max().item())
 
 
 def test_values_are_the_same_with_and_without_gradients():
@@ -249,14 +258,16 @@ def test_a_tangent_of_the_weights_is_refused_where_the_rule_would_drop_it():
     net, (z, t, r, y, _) = random_net().double(), inputs(torch.float64)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="enable gradients"):
         along_the_weights(net, z, t, r, y)
-    u, weights, tangents, derivative = along_the_weights(net, z, t, r, y)      # and right with gradients enabled
-    ahead, behind = (u({name: w + h * tangents[name] for name, w in weights.items()}) for h in (1e-6, -1e-6))
-    torch.testing.assert_close(derivative, (ahead - behind) / 2e-6, rtol=0, atol=1e-6 * derivative.abs().max().item())
+    u, weights, tangents, derivative = along_the_weights(net, z, t, r, y)   # and right with gradients
+    ahead, behind = (u({name: w + h * tangents[name] for name, w in weights.items()})
+                     for h in (1e-6, -1e-6))
+    torch.testing.assert_close(derivative, (ahead - behind) / 2e-6,
+                               rtol=0, atol=1e-6 * derivative.abs().max().item())
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap():
-    """Over z and the times, with and without gradients. Not over y, whose range is checked by looking at it."""
+    """Over z and the times, with and without gradients. Not over y, whose range check reads it."""
     net, (z, t, r, y, _) = random_net().double(), inputs(torch.float64)
     expected = torch.stack([net(z * k, t, r, y) for k in (1.0, 2.0)])
     for grad in (False, True):
@@ -272,7 +283,7 @@ def test_deepcopy_for_the_ema():
     assert torch.equal(copy.deepcopy(net)(z, t, r, y), net(z, t, r, y))
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["XXL/2", "B", "B/", "B/0", "B/-1", "B/x", "/2", "", "b/2", "B/2/2"])
 def test_unknown_names(name):
@@ -281,9 +292,12 @@ def test_unknown_names(name):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(patch=3), "size 8 is not divisible by patch 3"), (dict(heads=5), "dim 32 is not divisible by heads 5"),
-    (dict(dim=30, heads=3), "dim 30 is not divisible by 4"), (dict(classes=0), "classes must be a positive whole"),
-    (dict(depth=-1), "depth must be a positive whole"), (dict(size=8.0), "size must be a positive whole")])
+    (dict(patch=3), "size 8 is not divisible by patch 3"),
+    (dict(heads=5), "dim 32 is not divisible by heads 5"),
+    (dict(dim=30, heads=3), "dim 30 is not divisible by 4"),
+    (dict(classes=0), "classes must be a positive whole"),
+    (dict(depth=-1), "depth must be a positive whole"),
+    (dict(size=8.0), "size must be a positive whole")])
 def test_sizes_that_do_not_fit(changes, words):
     with pytest.raises(ValueError, match=rf"\A{words}.*\Z"):
         DiTConfig(**{**SMALL, **changes})
@@ -300,7 +314,8 @@ def test_wrong_z(shape):
 def test_labels_out_of_range(label):
     z, t, r, y, _ = inputs()
     y[2] = label
-    with pytest.raises(ValueError, match=r"\Alabels must lie in \[0, 5\], 5 being the null label; got .+\Z"):
+    with pytest.raises(ValueError,
+                       match=r"\Alabels must lie in \[0, 5\], 5 being the null label; got .+\Z"):
         random_net()(z, t, r, y)
 
 

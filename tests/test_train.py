@@ -1,11 +1,10 @@
 """
-train.py: runs that are resumed, killed, signalled and divided over processes; recipes, random numbers, reports.
+train.py: runs that are resumed, killed, signalled and divided over processes; recipes, noise, reports.
 
     python -m pytest -q tests/test_train.py
 
-The runs are real processes. A Lab imports torch once and forks for each of them, which saves seconds a run; the
-exit status, the signals and what is on stderr are those of a process that python started. One run goes through
-torchrun itself.
+The runs are real processes. A Lab imports torch once and forks for each of them, which saves seconds a
+run; exit status, signals and stderr are as if python had started it. One run goes through torchrun itself.
 """
 import dataclasses
 import json
@@ -38,11 +37,11 @@ ENV = {**{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE",
        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 # Ten steps see all of the objective: α is 1 up to step 2, between 0 and 1 up to step 7, then 0.
-TEN = ["--data", "digits", "--model", "Ti/8", "--batch", "16", "--steps", "10", "--lr", "1e-3", "--warmup", "2",
-       "--device", "cpu", "--log-every", "1", "--preview-every", "5", "--save-every", "5"]
+TEN = ["--data", "digits", "--model", "Ti/8", "--batch", "16", "--steps", "10", "--lr", "1e-3",
+       "--warmup", "2", "--device", "cpu", "--log-every", "1", "--preview-every", "5", "--save-every", "5"]
 SHORT = [*TEN, "--steps", "3", "--preview-every", "3"]
 
-# ---- processes -------------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
 
 SERVER = """
 import gc, json, os, runpy, signal, sys, traceback
@@ -155,8 +154,8 @@ class Lab:
         files = [self.folder / f"{self.count}.{kind}" for kind in ("out", "err")]
         for file in files:
             file.touch()
-        pid = self.ask(args=[str(a) for a in args], program=str(ROOT / program), cwd=str(cwd or self.folder), hook=hook,
-                       env=env, out=str(files[0]), err=str(files[1]))
+        pid = self.ask(args=[str(a) for a in args], program=str(ROOT / program), hook=hook, env=env,
+                       cwd=str(cwd or self.folder), out=str(files[0]), err=str(files[1]))
         self.running.add(pid)
         return pid, files
 
@@ -220,7 +219,8 @@ def ten(lab, tmp_path_factory):
 def log(folder):
     """The log without what a clock or the machine's memory decides."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("images_per_s", "memory_mb", "waiting")} for row in rows]
+    measured = ("images_per_s", "memory_mb", "waiting")
+    return [{k: v for k, v in row.items() if k not in measured} for row in rows]
 
 
 def flat(tree, path=""):
@@ -257,13 +257,13 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---- resume ----------------------------------------------------------------------------------------------------------
+# ---- resume --------------------------------------------------------------------------------------
 
 def test_five_and_five_steps_are_ten(lab, ten, tmp_path):
     before = (ten.one / "step5.pt").read_bytes()
-    shutil.copy(ten.one / "log.jsonl", tmp_path / "log.jsonl")          # lines from step 5 on are to be done again
-    said = lab.run("--resume", ten.one / "step5.pt", "--out", tmp_path, "--log-every", 1, "--device", "cpu").ok().out
-    assert "resuming at step 5 of 10" in said
+    shutil.copy(ten.one / "log.jsonl", tmp_path / "log.jsonl")      # the lines from step 5 on are done again
+    result = lab.run("--resume", ten.one / "step5.pt", "--out", tmp_path, "--log-every", 1, "--device", "cpu")
+    assert "resuming at step 5 of 10" in result.ok().out
     assert_same_run(tmp_path, ten.one)
     assert (ten.one / "step5.pt").read_bytes() == before
 
@@ -329,7 +329,7 @@ def test_killed_again_and_again_it_always_leaves_a_whole_checkpoint(lab, ten, tm
     "        os.kill(os.getpid(), signal.SIGKILL)\n"
     "    file.write(buffer.getvalue())\n"
     "torch.save = half",
-    "import torch\n"                                        # the disk is full in the middle of the second write
+    "import torch\n"                                        # the disk is full in the middle of it
     "def full(state, file, whole=torch.save):\n"
     "    if state['step'] == 2:\n"
     "        file.write(b'half'); raise OSError(28, 'No space left on device')\n"
@@ -357,6 +357,11 @@ def test_a_torn_line_in_the_log_does_not_stop_a_resume(lab, ten, tmp_path):
     assert_same_run(tmp_path, ten.one)
 
 
+def test_a_preview_that_comes_before_the_first_line_of_the_log(lab, ten, tmp_path):
+    lab.run("--resume", ten.one / "step5.pt", "--out", tmp_path, "--preview-every", 1, "--log-every", 100).ok()
+    assert [row["step"] for row in log(tmp_path)] == [9] and (tmp_path / "curve.png").exists()
+
+
 def test_when_to_start_and_when_to_go_on(lab, ten, tmp_path):
     out = tmp_path / "run"
     new = [*SHORT, "--out", out]
@@ -364,7 +369,8 @@ def test_when_to_start_and_when_to_go_on(lab, ten, tmp_path):
     assert not out.exists()
     lab.run(*new, "--resume", "auto").ok()
     before = contents(out)
-    results = lab.run_all(new, ["--out", out, "--resume", "--model", "Ti/4"], [*new, "--resume", ten.one / "step5.pt"],
+    results = lab.run_all(new, ["--out", out, "--resume", "--model", "Ti/4"],
+                          [*new, "--resume", ten.one / "step5.pt"],
                           ["--out", out, "--resume", "--data", ROOT / "assets"])
     for result, word in zip(results, ("already holds a run", "not a Ti/4", "", "not prepared")):
         result.one_line(word)
@@ -389,11 +395,12 @@ def test_a_finished_run_that_is_resumed_says_so(lab, ten, tmp_path):
         assert "resuming at step 10 of 10" in lab.run(*how, "--out", tmp_path).ok().out
     assert (tmp_path / "trajectory.gif").exists()
     assert all(contents(tmp_path)[path] == content for path, content in before.items())
-    lab.run("--resume", ten.one / "ckpt.pt", "--out", tmp_path / "other").one_line("all its 10 steps", "--steps")
+    elsewhere = lab.run("--resume", ten.one / "ckpt.pt", "--out", tmp_path / "other")
+    elsewhere.one_line("all its 10 steps", "--steps")
     assert not (tmp_path / "other").exists()
 
 
-# ---- several processes -----------------------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("other", ["two", "micro"])
 def test_the_division_of_the_batch_changes_nothing_but_rounding(ten, other):
@@ -425,7 +432,7 @@ def test_a_batch_that_cannot_be_divided(lab, tmp_path):
     lab.run(*TEN, "--accumulate", 3, "--out", tmp_path / "a").one_line("16", "3 micro-batches")
     first, second = map(lab.finish, lab.start_ranks(*TEN, "--batch", 15, "--out", tmp_path / "b"))
     first.one_line("15", "2 processes")
-    assert second.status != 0                               # the same line, if it was not cut off by the first one's end
+    assert second.status != 0                               # the same, unless the end of the first cut it off
     assert not any(tmp_path.iterdir())
 
 
@@ -468,11 +475,12 @@ def test_the_random_numbers_of_a_step_depend_on_seed_and_step_alone(monkeypatch)
     assert (first["drop"] >= 0).all() and (first["drop"] < 1).all()
 
 
-# ---- when numbers go wrong -------------------------------------------------------------------------------------------
+# ---- when numbers go wrong -----------------------------------------------------------------------
 
 def test_a_non_finite_loss_stops_the_run_and_says_where(lab, tmp_path):
     result = lab.run(*TEN, "--lr", 1e30, "--warmup", 0, "--save-every", 1, "--out", tmp_path)
-    result.one_line("non-finite", "step 1", "alpha 1", " t ", " r ", "gradient norm", "tangent norm", status=1)
+    result.one_line("non-finite", "step 1", "alpha 1", " t ", " r ", "gradient norm", "tangent norm",
+                    status=1)
     ckpt = sample.read(tmp_path / "ckpt.pt")
     assert ckpt["step"] == 1
     assert all(torch.isfinite(w).all() for kind in ("net", "ema") for w in ckpt[kind].values())
@@ -496,7 +504,7 @@ def test_one_bad_row_is_named(lab, tmp_path):
     assert f"t {t:.4f}, r {r:.4f}" in result.err
 
 
-# ---- starting from other weights -------------------------------------------------------------------------------------
+# ---- starting from other weights -----------------------------------------------------------------
 
 def prepared(folder, classes):
     """A data set of grey noise in the format that data.py prepares."""
@@ -504,8 +512,8 @@ def prepared(folder, classes):
     np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 256, (100, 1, 8, 8), np.uint8))
     np.save(folder / "labels.npy", np.arange(100) % classes)
     (folder / "meta.json").write_text(json.dumps(dict(
-        shape=[1, 8, 8], classes=classes, names=[f"{c}" for c in range(classes)], range=[0, 255], source="noise",
-        count=100, key="noise")))
+        shape=[1, 8, 8], classes=classes, names=[f"{c}" for c in range(classes)], range=[0, 255],
+        source="noise", count=100, key="noise")))
     return folder
 
 
@@ -542,7 +550,8 @@ def test_init_from_takes_what_fits_and_says_what_does_not(ten, tmp_path, capsys)
 
 
 def test_init_from_something_that_does_not_fit(lab, ten, tmp_path):
-    torch.save({"format": "alphaflow-1", "net": {}, "ema": {"w": torch.zeros(3)}, "config": {}}, tmp_path / "w.pt")
+    torch.save({"format": "alphaflow-1", "net": {}, "ema": {"w": torch.zeros(3)}, "config": {}},
+               tmp_path / "w.pt")
     lab.run(*TEN, "--init-from", tmp_path / "w.pt", "--out", tmp_path / "a").one_line("not one tensor fits")
     lab.run("--resume", tmp_path / "w.pt", "--out", tmp_path / "a").one_line("no training state")
     ours, theirs = ten.one / "step5.pt", ten.one / "ckpt.pt"
@@ -550,17 +559,19 @@ def test_init_from_something_that_does_not_fit(lab, ten, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-# ---- recipes and flags -----------------------------------------------------------------------------------------------
+# ---- recipes and flags ---------------------------------------------------------------------------
 
 def resolved(*flags):
     return train.resolve(train.parse_flags([str(f) for f in flags]))
 
 
-PUBLISHED = dict(data="imagenet256", flip=False, seed=0, steps=400_000, batch=256, alpha_schedule="sigmoid",
-                 alpha_window=(0, 1), alpha_start=1, alpha_end=0, alpha_gamma=25, alpha_clamp=0.005, fm_ratio=0.5,
-                 omega=1, kappa=0, t_min=0, t_max=1, label_drop=0, time_mean=-0.4, time_std=1, clip=4, c=1e-3,
-                 shrink_c=False, lr=1e-4, lr_decay="constant", lr_tail=1, warmup=10_000, beta1=0.9, beta2=0.95, grad_clip=16,
-                 ema_half_life=6931, ema_ramp=0.05)
+PUBLISHED = dict(
+    data="imagenet256", flip=False, seed=0,
+    alpha_schedule="sigmoid", alpha_window=(0, 1), alpha_start=1, alpha_end=0, alpha_gamma=25,
+    alpha_clamp=0.005, fm_ratio=0.5, time_mean=-0.4, time_std=1, omega=1, kappa=0, t_min=0, t_max=1,
+    label_drop=0, clip=4, c=1e-3, shrink_c=False,
+    steps=400_000, batch=256, lr=1e-4, lr_decay="constant", lr_tail=1, warmup=10_000, beta1=0.9, beta2=0.95,
+    grad_clip=16, ema_half_life=6931, ema_ramp=0.05)
 XL = dict(steps=1_200_000, alpha_window=(0.5, 0.83333333), omega=0.2, kappa=0.92, t_max=0.75, label_drop=0.1)
 ALPHA_0 = dict(alpha_schedule="constant", alpha_start=0)
 
@@ -588,8 +599,8 @@ def test_the_published_recipes(model, network, changes):
 
 
 def test_a_flag_wins_over_the_recipe():
-    changes = dict(steps=77, batch=32, lr=0.5, alpha_schedule="linear", alpha_window=(0.25, 0.5), omega=0.7, flip=True,
-                   data="digits", lr_decay="cosine", t_min=0.2, seed=9)
+    changes = dict(steps=77, batch=32, lr=0.5, alpha_schedule="linear", alpha_window=(0.25, 0.5), omega=0.7,
+                   flip=True, data="digits", lr_decay="cosine", t_min=0.2, seed=9)
     flags = [f for k, v in changes.items() if v is not True
              for f in ("--" + k.replace("_", "-"), ",".join(map(str, v)) if isinstance(v, tuple) else v)]
     assert resolved("--model", "XL/2", *flags, "--flip") == {**resolved("--model", "XL/2"), **changes}
@@ -604,8 +615,8 @@ def test_a_flag_wins_over_the_recipe():
     (["--alpha", "0.5"], {0.5}, 0.5),                                           # Shortcut
     (["--alpha", "1"], {1.0}, 0.5),                                             # trajectory flow matching
     (["--fm-ratio", "1"], {0.0, 1.0, 0.5}, 1.0),                                # flow matching, whatever α
-    (["--alpha", "0.002"], {0.002}, 0.5),                                       # given is given: no snap to 0 ...
-    (["--alpha", "0.999"], {0.999}, 0.5),                                       # ... or 1
+    (["--alpha", "0.002"], {0.002}, 0.5),                                       # no snap to 0 ...
+    (["--alpha", "0.999"], {0.999}, 0.5),                                       # ... or 1: given is given
     (["--alpha-schedule", "step"], {0.0, 1.0}, 0.5),
 ])
 def test_the_objectives_by_two_flags(flags, alphas, fm_ratio):
@@ -663,7 +674,7 @@ def test_the_averaged_weights():
     assert torch.equal(ema.weight, net.weight) and torch.equal(ema.bias, net.bias)
 
 
-# ---- reports ---------------------------------------------------------------------------------------------------------
+# ---- reports -------------------------------------------------------------------------------------
 
 def test_the_log(ten):
     rows = [json.loads(line) for line in (ten.one / "log.jsonl").read_text().splitlines()]
@@ -675,8 +686,9 @@ def test_the_log(ten):
         assert row["loss_fm"] + row["loss_jump"] == pytest.approx(row["loss"], rel=2e-5)
         assert row["images_per_s"] > 0 and 10 < row["memory_mb"] < 1e5 and row["grad_norm"] > 0
     recipe = json.loads((ten.one / "recipe.json").read_text())
-    assert [row["alpha"] for row in rows] == pytest.approx([train.alpha_of(recipe, k) for k in range(10)], rel=1e-5)
-    assert [row["lr"] for row in rows] == pytest.approx([train.lr_at(recipe, k) for k in range(10)], rel=1e-5)
+    for k, row in enumerate(rows):
+        assert row["alpha"] == pytest.approx(train.alpha_of(recipe, k), rel=1e-5)
+        assert row["lr"] == pytest.approx(train.lr_at(recipe, k), rel=1e-5)
     assert {row["alpha"] for row in rows} >= {0.0, 1.0} and any(row["tangent"] > 0 for row in rows)
 
 
@@ -714,18 +726,18 @@ def test_a_run_of_one_step(lab, tmp_path):
 
 def test_the_big_model_stops_at_once_without_its_latents(tmp_path):
     began = time.monotonic()
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--model", "XL/2"], cwd=tmp_path, env=ENV, text=True,
-                          capture_output=True)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--model", "XL/2"], cwd=tmp_path, env=ENV,
+                          text=True, capture_output=True)
     assert time.monotonic() - began < 10
     Result(done.returncode, done.stdout, done.stderr).one_line("python data.py imagenet --src")
     assert not any(tmp_path.iterdir())
 
 
 def test_every_objective_runs(lab, tmp_path):
+    guided = ["--omega", "0.2", "--kappa", "0.92", "--t-max", "0.75", "--label-drop", "0.1"]
     objectives = [["--alpha-schedule", "sigmoid"], ["--alpha", "0"], ["--alpha", "0.5"], ["--alpha", "1"],
                   ["--fm-ratio", "1"], ["--shrink-c"], ["--alpha-schedule", "step"], ["--precision", "bf16"],
-                  *(["--alpha", a, "--omega", "0.2", "--kappa", "0.92", "--t-max", "0.75", "--label-drop", "0.1"]
-                    for a in ("0", "0.5"))]
+                  *(["--alpha", a, *guided] for a in ("0", "0.5"))]
     for i in range(0, len(objectives), 2):
         results = lab.run_all(*([*SHORT, *flags, "--out", tmp_path / f"{i + j}"]
                                 for j, flags in enumerate(objectives[i:i + 2])), hook=BARE)
@@ -737,7 +749,7 @@ def test_every_objective_runs(lab, tmp_path):
                 assert all(row["loss_jump"] == 0 for row in rows)
 
 
-# ---- torch.compile ---------------------------------------------------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------
 
 def broken_at_once(function):
     raise RuntimeError("no compiler here\nand a second line")
@@ -767,7 +779,7 @@ def test_a_compiler_that_fails_or_errs_is_done_without(monkeypatch, capsys, comp
     net = train.build("Ti/8", 8, 1, 10)
     before = {name: w.clone() for name, w in net.state_dict().items()}
     run = SimpleNamespace(args=args, net=net, dataset=data.load("digits"), device=CPU, world=1)
-    fast, derivative, autocast = train.precision(run, print)
+    fast, derivative, autocast = train.prepare_network(run, print)
     assert all(torch.equal(w, before[name]) for name, w in net.state_dict().items())
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("compile")]
     assert len(said) == 1 and said[0].startswith("compile: off" if eager else "compile: on")
