@@ -192,7 +192,7 @@ def u_target(net, z, t, r, v, y, alpha, clip=4.0, derivative=du_dt):
         if alpha < 1:
             walk = alpha * delta
             u_next = net(z_j - rowwise(walk, v) * v_j, t_j - walk, r_j, y_j)
-            # Not (αΔ·v + (t-αΔ-r)·u_next)/Δ, the same on paper: for r near t, t-αΔ-r loses its digits.
+            # Not (αΔ·v + (t-αΔ-r)·u_next)/Δ, the same on paper: it loses its digits near r = t.
             target = target + (1 - alpha) * u_next
         target = target.clamp(-clip, clip)
     return v.index_copy(0, rows, target.to(v.dtype))    # the other rows keep v

@@ -73,8 +73,8 @@ def build(name, size, channels, classes):
 class Product(torch.autograd.Function):
     """x Wᵀ + b with a forward-mode rule of its own, used where no gradient is asked for.
 
-    PyTorch's rule is ẋWᵀ + xẆᵀ, and it multiplies by Ẇ even when that is all zeros. In du/dt the weights
-    stand still: without the second product the derivative costs about two forward passes, not three.
+    PyTorch's rule is ẋWᵀ + xẆᵀ, and it multiplies by Ẇ even when that is all zeros. In du/dt the
+    weights stand still: without the second product the derivative costs about two forward passes, not three.
     """
     generate_vmap_rule = True
 
@@ -203,7 +203,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """u(z, t, r, y), the average velocity from t down to r (α-Flow §2; architecture: DiT §3, adaLN-zero)."""
+    """u(z, t, r, y), the average velocity of a jump (α-Flow §2; the network: DiT §3, adaLN-zero)."""
 
     def __init__(self, config):
         super().__init__()

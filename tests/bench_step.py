@@ -3,7 +3,8 @@
     python tests/bench_step.py                     # Ti/2 on digits, the machine's default device
     python tests/bench_step.py --model B/2 --size 32 --channels 4 --batch 32 --device cuda
 
-One round times every variant once, so that a busy machine disturbs all alike; the medians over rounds are compared.
+One round times every variant once, so that a busy machine disturbs all alike; the medians over rounds
+are compared.
 """
 import argparse
 import os
@@ -60,8 +61,9 @@ def main():
         for name, variant in VARIANTS.items():
             seconds[name].append(step(*variant))
     base = statistics.median(seconds["flow matching"][2:])
-    machine = torch.cuda.get_device_name() if x.is_cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"{args.model}, batch {args.batch}, {machine}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    machine = torch.cuda.get_device_name() if x.is_cuda else cpu
+    print(f"{args.model}, batch {args.batch}, torch {torch.__version__}, {machine}")
     for name, values in seconds.items():
         median = statistics.median(values[2:])
         print(f"{name:22s} {1000 * median:8.1f} ms   x {median / base:.2f}")

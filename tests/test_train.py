@@ -358,7 +358,8 @@ def test_a_torn_line_in_the_log_does_not_stop_a_resume(lab, ten, tmp_path):
 
 
 def test_a_preview_that_comes_before_the_first_line_of_the_log(lab, ten, tmp_path):
-    lab.run("--resume", ten.one / "step5.pt", "--out", tmp_path, "--preview-every", 1, "--log-every", 100).ok()
+    lab.run("--resume", ten.one / "step5.pt", "--out", tmp_path, "--preview-every", 1,
+            "--log-every", 100).ok()
     assert [row["step"] for row in log(tmp_path)] == [9] and (tmp_path / "curve.png").exists()
 
 
