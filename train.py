@@ -392,8 +392,10 @@ def open_log(run):
     def write(line):
         short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
         file.write(json.dumps(short) + "\n")
-        for name, value in line.items() if board else ():
-            board.add_scalar(name, value, line["step"])
+        if board:
+            for name, value in line.items():
+                board.add_scalar(name, value, line["step"])
+            board.flush()
     return write
 
 
