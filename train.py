@@ -89,7 +89,7 @@ SMALL = dict(steps=2500, batch=128, alpha_window=(0.0, 0.5), lr=3e-3, lr_decay="
 RECIPES = {                 # --model: what differs from the paper's common settings; a flag wins over both
     # small networks, in pixels
     "Ti/2": dict(SMALL, data="digits"),
-    "Ti/4": dict(SMALL, data="mnist"),
+    "Ti/4": dict(SMALL, data="mnist") | dict(steps=1875, batch=32, lr=2e-3),        # one epoch
     "Mi/2": dict(data="cifar10", flip=True, steps=100_000, lr=4e-4, warmup=1000),
     # the paper's networks, in SD-VAE latents; -cfg: with guidance trained in
     "B/4": dict(),
