@@ -6,7 +6,6 @@ data.py with real files, a real (local) web server and real processes.
 import gzip
 import hashlib
 import http.server
-import io
 import json
 import os
 import pickle

@@ -13,34 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loss import alpha_at, alpha_flow_loss, sample_times, u_target  # noqa: E402
-from model import DiT, DiTConfig  # noqa: E402
-
-NULL = 3
-
-x, e = torch.randn(2, 8, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-t = torch.tensor([0.9, 0.3, 0.6, 0.8, 0.25, 0.75, 0.5, 1.0], dtype=torch.float64)
-r = torch.tensor([0.2, 0.3, 0.1, 0.8, 0.00, 0.50, 0.5, 0.0], dtype=torch.float64)
-y = torch.tensor([0, 1, 2, 0, 1, 2, NULL, 1])
-z, v = (1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * e, e - x
-
-
-def dit(seed=1):
-    net = DiT(DiTConfig(size=4, channels=2, patch=2, dim=16, depth=1, heads=2, classes=3)).double()
-    torch.manual_seed(seed)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.25)
-    return net
-
-
-class Spy:
-    """A network that remembers how many rows each of its calls had."""
-
-    def __init__(self, net):
-        self.net, self.rows = net, []
-
-    def __call__(self, z, t, r, y):
-        self.rows.append(len(z))
-        return self.net(z, t, r, y)
+from test_loss import NULL, Spy, dit, e, r, t, v, x, y, z  # noqa: E402
 
 
 def test_target_net_makes_the_targets():
