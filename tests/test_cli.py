@@ -264,6 +264,8 @@ def commands(text):
         words = shlex.split(line, comments=True)
         cuts = [-1, *(i for i, word in enumerate(words) if word in ("&&", "||", ";", "|")), len(words)]
         for words in [words[a + 1:b] for a, b in zip(cuts, cuts[1:])]:
+            if words[1:3] == ["-m", "torch.distributed.run"]:
+                words = ["torchrun", *words[3:]]            # its other name
             if words and words[0] == "torchrun":
                 try:
                     args = get_args_parser().parse_args(words[1:])
