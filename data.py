@@ -39,6 +39,11 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # ---------------------------------------------------------------- talking to the person at the keyboard
 
 
@@ -346,7 +351,7 @@ LECUN = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.co
 # CIFAR-10 has one home. Its second address is the same host without TLS, for machines whose proxy or old
 # certificates break https; the checksum decides what is accepted, not the way it came.
 TORONTO = ("https://www.cs.toronto.edu/~kriz/", "http://www.cs.toronto.edu/~kriz/")
-FILES = {   # what is downloaded: md5, addresses tried in turn
+FILES = {   # what is downloaded: md5, places tried in turn
     "train-images-idx3-ubyte.gz": ("f68b3c2dcbeaaa9fbdd348bbdeb94873", LECUN),
     "train-labels-idx1-ubyte.gz": ("d53e105ee54ea40749a09fcbcd1e9432", LECUN),
     "cifar-10-python.tar.gz": ("c58f30108f718f92721af3b95e74349a", TORONTO),
@@ -373,43 +378,96 @@ def _checked(name, raw, path):
     return raw
 
 
-def fetch(filename, folder, command):
-    """Download `filename` of FILES into `folder` and return its path; UserError if no address has it."""
+def _published(filename, out, command):
+    """fetch `filename` of FILES into the folder that `out` has until it is prepared; return its path."""
     md5, mirrors = FILES[filename]
-    target, part = folder / filename, folder / (filename + ".part")
-    folder.mkdir(parents=True, exist_ok=True)
-    if target.exists() and _md5(target.read_bytes()) == md5:
+    addresses = [mirror + filename for mirror in mirrors]
+    return fetch(filename, md5, addresses, out / "download", f"get {addresses[0]} in another way, put "
+                 f"it into a folder DIR and type  {command} --from DIR")
+
+
+SILENCE = 30  # seconds without a byte after which a server counts as broken, however slow it may be
+
+
+def checksum_of(path, kind="sha256"):
+    """The checksum of the file at `path` in hex, "sha256" or "md5". Read in blocks: it may be large."""
+    digest = hashlib.new(kind, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(filename, checksum, addresses, folder, hint):
+    """Download `filename` into `folder`, unless it is there already, and return its path.
+
+    checksum: hex, an md5 (32 digits) or a sha256 (64). addresses: full URLs tried in turn, whatever the
+    file is called there. A broken download is continued, also by a later call. A file that has its name
+    is whole and checked; processes that ask for it at once wait for the first of them.
+    UserError if no address has it: one line that ends with `hint`, what the person can do instead.
+    """
+    folder, kind = Path(folder), {32: "md5", 64: "sha256"}[len(checksum)]
+    target = folder / filename
+
+    def right(path):
+        return path.exists() and checksum_of(path, kind) == checksum.lower()
+
+    if right(target):
         return target
-    for url in [mirror + filename for mirror in mirrors]:
-        for _ in range(2):  # the second try goes on where the connection broke
-            resumed = part.exists()
-            try:
-                _download(url, part)
-            except (OSError, http.client.HTTPException) as error:
-                problem = f"{url}: {error}"
-                if getattr(error, "code", None) == 416:   # the server has nothing after our part:
-                    part.unlink(missing_ok=True)          # it is no part of this file
-                continue
-            if _md5(part.read_bytes()) == md5:
-                os.replace(part, target)
-                return target
-            part.unlink()
-            problem = f"{url}: wrong checksum"
-            if not resumed:
-                break  # every byte came from here; after a resume the old part may be to blame
-    raise UserError(f"could not download {filename} ({problem}): get {mirrors[0]}{filename} in another "
-                    f"way, put it into a folder DIR and type  {command} --from DIR")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder / f".{filename}.lock") as alone:
+        if right(target):  # by the process that we have waited for
+            return target
+        # Without a lock two processes would append to one file: each gets its own, and no later run's.
+        part = folder / (filename + (".part" if alone else f".{os.urandom(6).hex()}.part"))
+        for url in addresses:
+            for _ in range(2):  # the second try goes on where the connection broke
+                resumed = part.exists()
+                try:
+                    _download(url, part, filename)
+                except (OSError, http.client.HTTPException) as error:
+                    problem = f"{url}: {error}"
+                    if getattr(error, "code", None) == 416:   # the server has nothing after our part:
+                        part.unlink(missing_ok=True)          # it is no part of this file
+                    continue
+                if right(part):
+                    os.replace(part, target)
+                    return target
+                part.unlink()
+                problem = f"{url}: wrong checksum"
+                if not resumed:
+                    break  # every byte came from here; after a resume the old part may be to blame
+        if not alone:
+            part.unlink(missing_ok=True)
+    raise UserError(f"could not download {filename} ({problem}): {hint}")
 
 
-def _download(url, part):
+@contextlib.contextmanager
+def _alone(lock):
+    """Wait until no other process is in here with the file `lock`, an empty one that stays.
+
+    -> False if the disk knows no locks. True also on Windows, which renames no file that is open.
+    """
+    with open(lock, "ab") as file:
+        alone = True
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, if only by a kill
+        except OSError:
+            alone = False
+        yield alone
+
+
+def _download(url, part, name):
     """Append to `part` what it lacks of `url`, or start again if the server sends no ranges."""
     start = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "data.py"} | ({"Range": f"bytes={start}-"} if start else {})
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as reply:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SILENCE) as reply:
         start = start if reply.status == 206 else 0
         total = start + int(reply.headers.get("Content-Length") or 0)
         with open(part, "ab" if start else "wb") as file, \
-                tqdm(total=total or None, initial=start, unit="B", unit_scale=True, disable=None) as bar:
+                tqdm(desc=name, total=total or None, initial=start, unit="B", unit_scale=True,
+                     disable=None) as bar:
             while block := reply.read(1 << 16):
                 file.write(block)
                 bar.update(len(block))
@@ -428,7 +486,7 @@ def mnist(source, out):
     for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
         if source is None:
             _begin(out, "mnist")
-            path = fetch(name + ".gz", out / "download", "python data.py mnist")
+            path = _published(name + ".gz", out, "python data.py mnist")
         else:
             path = next((p for p in (source / (name + ".gz"), source / name) if p.is_file()), None)
             if path is None:
@@ -454,7 +512,7 @@ def cifar10(source, out):
         return
     if source is None:
         _begin(out, "cifar10")
-        source = fetch("cifar-10-python.tar.gz", out / "download", "python data.py cifar10")
+        source = _published("cifar-10-python.tar.gz", out, "python data.py cifar10")
     wanted = [f"data_batch_{i}" for i in range(1, 6)] + ["batches.meta"]
     files = _cifar_files(source, wanted)
     *batches, meta = [unpickle(_checked(name, files[name], source), name) for name in wanted]
@@ -523,16 +581,16 @@ def listing(src):
     UserError: `src` is no folder, holds no picture, or has pictures beside class folders.
     """
     if not src.is_dir():
-        raise UserError(f"--src {src} is not a folder: give the folder that holds the pictures")
+        raise UserError(f"{src} is not a folder: give the folder that holds the pictures")
     top = [p for p in src.iterdir() if not p.name.startswith(".")]
     loose = sorted(p for p in top if p.suffix.lower() in PICTURES and p.is_file())
     deep = sorted(Path(root) / name for p in top if p.is_dir() for root, _, names in os.walk(p)
                   for name in names if name.lower().endswith(PICTURES) and not name.startswith("."))
     if loose and deep:
-        raise UserError(f"--src {src} has pictures beside its class folders ({loose[0].name}, "
+        raise UserError(f"{src} has pictures beside its class folders ({loose[0].name}, "
                         f"{len(loose)} in all): move them into a class folder")
     if not loose and not deep:
-        raise UserError(f"--src {src} holds no picture: looked for {' '.join(PICTURES)} in it and below")
+        raise UserError(f"{src} holds no picture: looked for {' '.join(PICTURES)} in it and below")
     if loose:
         return loose, [0] * len(loose), ["all"]
     classes = [p.relative_to(src).parts[0] for p in deep]
@@ -541,8 +599,11 @@ def listing(src):
     return deep, [number[c] for c in classes], names
 
 
-def picture(path, size):
-    """One file as uint8 (3, size, size): upright, RGB, centre square, Lanczos. Raises if unreadable."""
+def picture(path, size=None):
+    """One file as uint8 (3, size, size): upright, RGB, centre square, Lanczos. Raises if unreadable.
+
+    Without a size nothing is cropped or resized: (3, H, W).
+    """
     with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
         im = ImageOps.exif_transpose(file)       # phones store a turned picture and a note about it
     if im.mode.startswith("I"):                  # 16-bit grey: Pillow's convert would clip at 255
@@ -552,8 +613,9 @@ def picture(path, size):
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     im = im.convert("RGB")                       # grey, palette, CMYK
-    side, left, top = min(im.size), (im.width - min(im.size)) // 2, (im.height - min(im.size)) // 2
-    im = im.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    if size is not None:
+        side, left, top = min(im.size), (im.width - min(im.size)) // 2, (im.height - min(im.size)) // 2
+        im = im.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(im).transpose(2, 0, 1)
 
 

@@ -14,8 +14,10 @@ back.
 
 The noise of picture k depends on the seed and k alone, not on the batch size or the number of processes.
 """
+import io
 import math
 import os
+import pickle
 import tempfile
 import warnings
 import zipfile
@@ -181,6 +183,133 @@ def pick_device(name=None):
     raise UserError(f"device {str(name)!r} is not to be had here: give cuda, cuda:1, mps or cpu")
 
 
+# ------------------------------------------------------------------ tensors from other people's files
+
+STORAGES = {f"torch.{kind}Storage": dtype for kind, dtype in dict(
+    Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Double=torch.float64,
+    Long=torch.int64, Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8,
+    Bool=torch.bool, ComplexFloat=torch.complex64, ComplexDouble=torch.complex128).items()}
+STORAGES["torch.storage.UntypedStorage"] = torch.uint8
+WRAPPERS = ("torch._utils._rebuild_parameter", "torch.jit._pickle.", "torch.Size",
+            "builtins.set", "__builtin__.set")
+
+
+class _Inert:
+    """Stands for whatever a pickle names, class or function: keeps what it is given and runs nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        self = super().__new__(cls)
+        self.args, self.kept = args, {"args": args, **kwargs} if args else kwargs
+        return self
+
+    def __setstate__(self, state):
+        for part in state if isinstance(state, tuple) else (state,):     # (attributes, slots) or one
+            self.kept.update(part if isinstance(part, dict) else {"state": state} if part else {})
+
+    def __setitem__(self, key, value):
+        self.kept[key] = value
+
+    def extend(self, items):
+        self.kept.setdefault("items", []).extend(items)
+
+
+class _Foreign(pickle.Unpickler):
+    """Unpickles nothing but inert objects; `plain` makes of them what their names are known for."""
+
+    def __init__(self, archive):
+        # the archive's own folder has any name; a file that rides along deeper may be called the same
+        name = min((n for n in archive.namelist() if n.endswith("/data.pkl")), key=len)
+        self.archive, self.folder, self.made, self.raw = archive, name.removesuffix(".pkl"), {}, {}
+        super().__init__(io.BytesIO(archive.read(name)), encoding="utf-8")
+
+    def find_class(self, module, name):
+        return type("Inert", (_Inert,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, pid):
+        return pid                              # ("storage", type, key, device, number of elements)
+
+    def tensor(self, version, storage, offset, size, stride, requires_grad, hooks, *rest):
+        _, kind, key, _, numel = storage
+        kind = dtype = STORAGES[kind.name]
+        if version == "v3":                     # the storage is bytes, their type stands beside it
+            dtype, *rest = vars(torch)[rest[0].name.removeprefix("torch.")], *rest[1:]
+        if any(rest):
+            raise ValueError("it holds a lazily conjugated tensor")
+        if key not in self.raw:                 # read once, so that views of one storage stay views
+            self.raw[key] = bytearray(self.archive.read(f"{self.folder}/{key}"))
+        count = numel * kind.itemsize // dtype.itemsize
+        flat = torch.frombuffer(self.raw[key], dtype=dtype, count=count) if count else torch.empty(0)
+        return flat.to(dtype).as_strided(size, stride, offset)          # raises beyond the storage
+
+    def plain(self, x):
+        """x with every object as a dict, every sequence as a list, every class as its name, a str."""
+        name = getattr(x, "name", "") if isinstance(x, (type, _Inert)) else ""
+        if isinstance(x, type) or not (name or isinstance(x, (dict, list, tuple, set, frozenset))):
+            return name or x
+        if name.startswith(WRAPPERS):
+            return self.plain(x.args[0])
+        if name == "_codecs.encode":            # how protocol 2 writes bytes
+            return x.args[0].encode("latin1")
+        if id(x) not in self.made:              # x may occur twice, also within itself
+            if name.startswith("torch._utils._rebuild_tensor_v"):
+                self.made[id(x)] = self.tensor(name[-2:], *x.args)
+            elif name or isinstance(x, dict):
+                out = self.made[id(x)] = {}
+                for key, value in (x.kept if name else x).items():
+                    if name != "collections.OrderedDict" or key != "_metadata":      # of a state_dict
+                        out[key if isinstance(key, (str, int)) else str(key)] = self.plain(value)
+            else:
+                out = self.made[id(x)] = []
+                out.extend(map(self.plain, x))
+        return self.made[id(x)]
+
+
+def read_foreign(path):
+    """What torch.save or torch.jit.save wrote to `path`: plain dicts, lists, numbers, str and tensors.
+
+    Nothing in the file is executed and no class in it needs to exist here. An object becomes the dict of
+    its attributes (and "args", "state", "items", what else it was given), a class its name. Tensors are
+    on the CPU and share memory where they did. OSError if there is no such file; UserError in one line
+    if it is no zip archive of torch (little-endian), cut short or damaged.
+    """
+    open(path, "rb").close()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            reader = _Foreign(archive)
+            return reader.plain(reader.load())
+    except Exception as error:  # as in `read`
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise UserError(f"{path} is cut short, damaged or no archive of torch ({reason}; nothing in it "
+                        "was run): get it again") from None
+
+
+def read_tensors(path):
+    """{dotted name: tensor on the CPU}, every tensor in a file of torch.save or torch.jit.save.
+
+    A name is made of the keys and attributes on the way: "visual.conv1.weight", "state_dict.0.bias"; in
+    a module stored as an object, as in its state_dict. Nothing is executed. Errors as in `read_foreign`.
+    """
+    found = {}
+
+    def walk(x, names, inside):
+        if isinstance(x, torch.Tensor):
+            found[".".join(names)] = x.detach()
+        elif isinstance(x, (dict, list, tuple)) and id(x) not in inside:
+            for key, value in x.items() if isinstance(x, dict) else enumerate(x):
+                hidden = key in ("_parameters", "_buffers", "_modules")      # where nn.Module keeps them
+                walk(value, names if hidden else (*names, str(key)), {*inside, id(x)})
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            whole = torch.load(str(path), map_location="cpu", weights_only=True,
+                               mmap=zipfile.is_zipfile(path))
+    except Exception:  # TorchScript, foreign classes, damage, no file: the other reader tells
+        whole = read_foreign(path)
+    walk(whole, (), set())
+    return found
+
+
 # ------------------------------------------------------------------ which picture is which
 
 
@@ -269,6 +398,12 @@ def as_image(picture):
         raise ValueError(f"these pictures have {len(picture)} channels, PNG and GIF take 1 or 3: "
                          "write FILE.npz instead")
     return Image.fromarray((picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)).numpy())
+
+
+def write_png(path, picture):
+    """Write one uint8 (C, H, W) tensor as a PNG, whole or not at all. ValueError if C is neither 1 nor 3."""
+    with data.replacing(path, sync=False) as file:
+        as_image(picture).save(file, format="PNG")
 
 
 def contact_sheet(pictures, columns, scale=None, captions=None):
@@ -381,18 +516,18 @@ def parse():
     return parser.parse_args()
 
 
-def place(out, trajectory, world, num):
+def place(out, trajectory, world, num, flag="--out"):
     """(path, kind) of the output, kind "png", "npz" or "folder"; UserError if it cannot be written."""
     path = Path(out)
     kind = "folder" if out.endswith("/") or path.is_dir() or not path.suffix else path.suffix.lower()[1:]
     if kind not in ("png", "npz", "folder"):
-        raise UserError(f"--out {out}: give FILE.png for a grid, FILE.npz, or FOLDER/ with its slash")
+        raise UserError(f"{flag} {out}: give FILE.png for a grid, FILE.npz, or FOLDER/ with its slash")
     if kind == "png" and num > 4096:
         raise UserError(f"--num {num}: a grid shows 4096 at most, give --out FOLDER/ or --out FILE.npz")
     if kind != "folder" and world > 1:
-        raise UserError(f"--out {out}: several processes write a folder of PNGs, give --out FOLDER/")
+        raise UserError(f"{flag} {out}: several processes write a folder of PNGs, give --out FOLDER/")
     if kind == "folder" and path.is_dir() and any(path.iterdir()):
-        raise UserError(f"--out {out} is not empty, old pictures would mix with new ones: give another")
+        raise UserError(f"{flag} {out} is not empty, old pictures would mix with new ones: give another")
     if trajectory and (trajectory.suffix.lower() != ".gif" or trajectory.is_dir()):
         raise UserError(f"--trajectory {trajectory}: give FILE.gif")
     targets = [path if kind == "folder" else path.parent] + ([trajectory.parent] if trajectory else [])
@@ -438,8 +573,7 @@ def main():
             write_npz(path, batches, labels, shape)
         elif kind == "folder":
             for k, picture in zip(mine, (picture for pictures in batches for picture in pictures)):
-                with data.replacing(path / f"{k:06d}.png", sync=False) as file:
-                    as_image(picture).save(file, format="PNG")
+                write_png(path / f"{k:06d}.png", picture)
         else:
             names = about.get("names") or []
             names = names if len(names) == cfg.classes else range(cfg.classes)

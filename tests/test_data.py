@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -228,10 +229,14 @@ def test_prefetch_left_early_leaves_no_thread(depth):
 
 
 class Server:
-    """A web server on 127.0.0.1: files by path; `breaks` is how many replies it cuts half-way."""
+    """A web server on 127.0.0.1: files by path; `breaks` is how many replies it cuts half-way.
+
+    pause: seconds before each tenth of a reply.
+    """
 
     def __init__(self):
         outer, self.files, self.log, self.breaks, self.ranges = self, {}, [], 0, True
+        self.pause = 0
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
@@ -250,7 +255,14 @@ class Server:
                 if outer.breaks:
                     outer.breaks -= 1
                     body = body[:len(body) // 2]
-                self.wfile.write(body)
+                piece = len(body) // 10 + 1 if outer.pause else len(body)
+                try:
+                    while body:
+                        time.sleep(outer.pause)
+                        self.wfile.write(body[:piece])
+                        body = body[piece:]
+                except OSError:  # the other side has lost its patience
+                    pass
 
             def log_message(self, *args):
                 pass
@@ -336,11 +348,103 @@ def test_without_any_mirror_one_line_says_what_to_do(server, tiny_mnist, tmp_pat
     tiny_mnist["point"](server.url + "/", "http://127.0.0.1:9/")
     with pytest.raises(data.UserError) as error:
         data.mnist(None, tmp_path / "mnist")
-    line = str(error.value)
-    assert "\n" not in line and server.url + "/train-images-idx3-ubyte.gz" in line
-    assert "python data.py mnist --from DIR" in line
+    name, line = "train-images-idx3-ubyte.gz", str(error.value)
+    assert line.startswith(f"could not download {name} (http://127.0.0.1:9/{name}: ")
+    assert "\n" not in line and line.endswith(
+        f"): get {server.url}/{name} in another way, put it into a folder DIR and type  "
+        "python data.py mnist --from DIR")
     with pytest.raises(data.UserError, match="not prepared"):
         data.load(tmp_path / "mnist")
+
+
+WEIGHTS = bytes(range(256)) * 8191  # some 2 MB: more than one block, however it is read
+
+
+@pytest.mark.parametrize("kind", ["md5", "sha256"])
+def test_fetch_by_either_checksum_from_a_file_of_another_name(server, tmp_path, kind):
+    right = hashlib.new(kind, WEIGHTS).hexdigest()
+    server.files = {"/v1/a%20b.bin?download=1": WEIGHTS, "/wrong": WEIGHTS[:-1] + b"x"}
+    addresses = [server.url + "/wrong", server.url + "/v1/a%20b.bin?download=1"]
+    for checksum in (right, right.upper()):
+        path = data.fetch("net.pt", checksum, addresses, tmp_path / "cache", "never shown")
+        assert path == tmp_path / "cache" / "net.pt" and path.read_bytes() == WEIGHTS
+        assert len(server.log) == 2                           # the second time nobody is asked
+    assert data.checksum_of(path, kind) == right
+    assert data.checksum_of(path) == hashlib.sha256(WEIGHTS).hexdigest()
+    path.write_bytes(WEIGHTS[:1000])                          # what is there counts if it is right
+    assert data.fetch("net.pt", right, addresses[1:], tmp_path / "cache", "") == path
+    assert path.read_bytes() == WEIGHTS and not list(path.parent.glob("*.part"))
+    with pytest.raises(data.UserError) as error:
+        data.fetch("other.pt", right, addresses[:1], tmp_path / "cache", "do this instead")
+    line = str(error.value)
+    assert line == f"could not download other.pt ({addresses[0]}: wrong checksum): do this instead"
+    assert {p.name for p in path.parent.iterdir()} == {"net.pt", ".net.pt.lock", ".other.pt.lock"}
+
+
+def test_a_broken_download_goes_on_at_the_next_address_and_in_the_next_call(server, tmp_path):
+    server.files, server.breaks = {"/a": WEIGHTS, "/b": WEIGHTS}, 9
+    a, b, checksum = server.url + "/a", server.url + "/b", hashlib.sha256(WEIGHTS).hexdigest()
+    with pytest.raises(data.UserError, match=r"broke after \d+ of 2096896 bytes"):
+        data.fetch("net.pt", checksum, [a, b], tmp_path, "")
+    half, asked = len(WEIGHTS) // 2, [wanted for _, wanted in server.log]
+    assert asked == [None, *(f"bytes={len(WEIGHTS) - half // n}-" for n in (1, 2, 4))]
+    assert os.listdir(tmp_path).count("net.pt.part") == 1 and not (tmp_path / "net.pt").exists()
+    server.breaks = 0
+    assert data.fetch("net.pt", checksum, [b], tmp_path, "").read_bytes() == WEIGHTS
+    assert server.log[4:] == [("/b", f"bytes={len(WEIGHTS) - half // 8}-")]
+
+
+def test_the_bar_shows_which_file(server, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(data, "tqdm", lambda **kwargs: shown.append(kwargs) or tqdm(**kwargs))
+    server.files["/x"] = WEIGHTS
+    data.fetch("net.pt", md5(WEIGHTS), [server.url + "/x"], tmp_path, "")
+    assert [(bar["desc"], bar["total"]) for bar in shown] == [("net.pt", len(WEIGHTS))]
+
+
+def test_a_slow_server_is_waited_for_and_a_silent_one_is_not(server, tmp_path, monkeypatch):
+    assert data.SILENCE == 30
+    server.files["/x"] = WEIGHTS
+    monkeypatch.setattr(data, "SILENCE", 0.5)
+    server.pause = 0.1                                        # ten times: longer than SILENCE in all
+    path = data.fetch("net.pt", md5(WEIGHTS), [server.url + "/x"], tmp_path, "")
+    assert path.read_bytes() == WEIGHTS and len(server.log) == 1
+    server.pause = 1.5
+    with pytest.raises(data.UserError, match="timed out"):
+        data.fetch("other.pt", md5(WEIGHTS), [server.url + "/x"], tmp_path, "")
+
+
+FETCHES = """
+import sys, data
+name, checksum, address, locks = sys.argv[1:]
+def refused(*args):
+    raise OSError(38, "Function not implemented")
+if locks == "False":
+    data.fcntl.flock = refused
+print("ready", flush=True)
+input()
+path = data.fetch(name, checksum, [address], ".", "")
+print(data.checksum_of(path), flush=True)
+"""
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_that_fetch_one_file_at_once(server, tmp_path, locks):
+    pytest.importorskip("fcntl")
+    server.files["/x"], server.pause = WEIGHTS, 0.05
+    checksum = hashlib.sha256(WEIGHTS).hexdigest()
+    started = [subprocess.Popen([sys.executable, "-c", FETCHES, "net.pt", checksum, server.url + "/x",
+                                 str(locks)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+               for _ in range(3)]
+    assert [p.stdout.readline() for p in started] == ["ready\n"] * 3
+    for p in started:
+        p.stdin.write("\n")
+        p.stdin.flush()
+    assert [p.communicate(timeout=60)[0] for p in started] == [checksum + "\n"] * 3
+    assert all(p.returncode == 0 for p in started)
+    assert [wanted for _, wanted in server.log] == [None] * (1 if locks else 3)
+    assert sorted(os.listdir(tmp_path)) == [".net.pt.lock", "net.pt"]
 
 
 def test_mnist_from_files_the_user_has(tiny_mnist, tmp_path):
@@ -507,6 +611,9 @@ def test_exif_rotation_centre_crop_and_lanczos(tmp_path):
     deep = Image.fromarray(np.rot90(upright[:, :, 0].astype(np.uint16) * 257).copy())
     deep.save(tmp_path / "deep.png", exif=exif)
     assert np.array_equal(data.picture(tmp_path / "deep.png", 16)[0], expected[0])
+    for name in ("upright.png", "turned.png"):  # without a size: every pixel, the right way up
+        assert np.array_equal(data.picture(tmp_path / name), upright.transpose(2, 0, 1))
+    assert np.array_equal(data.picture(tmp_path / "deep.png"), upright[:, :, [0] * 3].transpose(2, 0, 1))
 
 
 def tree(root, n=7, size=(24, 18), seed=3):

@@ -14,7 +14,9 @@ import pickle
 import socket
 import subprocess
 import sys
+import types
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +352,241 @@ def test_devices():
     for name in ("banana", "meta", "cuda:99", "", "cpu:x"):
         with pytest.raises(data.UserError, match="cpu"):
             sample.pick_device(name)
+
+
+# ------------------------------------------------------------------ tensors from other people's files
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 4, 3).half()
+        self.layers = torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+        self.tied = torch.nn.Linear(4, 2)
+        self.tied.weight = self.layers[1].weight
+        self.register_buffer("turned", torch.arange(6).view(2, 3).t())
+        self.sizes, self.note = [7, 8], "hello"
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Tower(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.visual, self.scale = Block(), torch.nn.Parameter(torch.tensor(2.5).double())
+
+    def forward(self, x):
+        return self.visual(x) * self.scale
+
+
+def same(got, expected):
+    """The same names, numbers and types, on the CPU, without gradients."""
+    assert list(map(str, sorted(got))) == sorted(expected)
+    for name, w in expected.items():
+        assert got[name].dtype == w.dtype and torch.equal(got[name], w), name
+        assert got[name].device.type == "cpu" and not got[name].requires_grad, name
+
+
+def rewrite(path, change):
+    """Write the zip archive `path` anew: change(name, bytes) -> bytes, or None to leave it out."""
+    with zipfile.ZipFile(path) as archive:
+        files = [(name, change(name, archive.read(name))) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, raw in files:
+            if raw is not None:
+                archive.writestr(name, raw)
+
+
+@pytest.mark.parametrize("kind", ["script", "trace"])
+def test_tensors_of_a_torchscript_archive(tmp_path, kind):
+    net, path = Tower(), tmp_path / "clip.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = torch.jit.script(net) if kind == "script" else torch.jit.trace(net, torch.zeros(1, 4))
+        made.save(str(path), _extra_files={"data.pkl": b"not the pickle"})
+    # what the reader must not need: the code of the classes
+    rewrite(path, lambda name, raw: None if "/code/" in name else raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = sample.read_tensors(path)
+    same(got, net.state_dict())
+    assert got["visual.conv1.weight"].dtype == torch.float16 and got["scale"].shape == ()
+    assert got["visual.turned"].stride() == (1, 3)
+    assert got["visual.tied.weight"].data_ptr() == got["visual.layers.1.weight"].data_ptr()
+    if kind == "script":  # a traced module keeps its tensors alone
+        visual = sample.read_foreign(path)["visual"]
+        assert (visual["sizes"], visual["note"], visual["training"]) == ([7, 8], "hello", True)
+
+
+def test_tensors_of_plain_files_old_and_new(tmp_path):
+    state, path = Tower().state_dict(), tmp_path / "net.pt"
+    nested = {"state_dict": state, "steps": 3, "more": [torch.ones(2), (torch.zeros(1),)]}
+    for zipped in (True, False):
+        torch.save(nested, path, _use_new_zipfile_serialization=zipped)
+        same(sample.read_tensors(path), {**{f"state_dict.{name}": w for name, w in state.items()},
+                                         "more.0": torch.ones(2), "more.1.0": torch.zeros(1)})
+    torch.save(state, path)
+    same(sample.read_tensors(str(path)), state)
+    assert list(sample.read_foreign(path)) == list(state)         # the order, and no _metadata
+
+
+@pytest.fixture
+def foreign():
+    """A module that is there while a file is written and gone when it is read."""
+    module = types.ModuleType("lab")
+    exec("""
+import torch
+class Net(torch.nn.Module): pass
+class Config: pass
+class Table(dict): pass
+class Row(list): pass
+class Slots: __slots__ = ("a", "b")
+class Own:
+    def __getstate__(self): return [1, torch.ones(1)]
+    def __setstate__(self, state): raise SystemExit("run")
+def make(*args): raise SystemExit("run")
+class Made:
+    def __reduce__(self): return make, (1, {"w": torch.full((2,), 9.)})
+""", vars(module))
+    sys.modules["lab"] = module
+    for thing in vars(module).values():
+        if getattr(thing, "__module__", None) == "builtins":
+            thing.__module__ = "lab"
+    yield module
+    sys.modules.pop("lab", None)
+
+
+def test_foreign_classes_become_plain_objects(tmp_path, foreign):
+    net, config, slots, path = foreign.Net(), foreign.Config(), foreign.Slots(), tmp_path / "lab.pt"
+    net.inner, net.steps = torch.nn.Linear(2, 2), torch.nn.ParameterList([torch.ones(3)])
+    net.register_buffer("mean", torch.arange(4.))
+    config.lr, config.itself, slots.a = 0.1, config, torch.ones(2)
+    table, row = foreign.Table(x=1), foreign.Row([1, torch.zeros(2)])
+    everything = {"ema": net, "net": net.state_dict(), "config": config, "slots": slots, "table": table,
+                  "row": row, "own": foreign.Own(), "made": foreign.Made(), "class": foreign.Net,
+                  "dtype": torch.bfloat16, "size": torch.Size([2, 3]), "set": {5}, 7: (None, True, b"x"),
+                  "path": Path("a/b")}
+    torch.save(everything, path)
+    del sys.modules["lab"]
+    got = sample.read_foreign(path)
+    assert type(got) is dict and list(got) == list(everything)
+    assert got["config"]["lr"] == 0.1 and got["config"]["itself"] is got["config"]
+    assert got["table"] == {"x": 1} and got["row"]["items"][0] == 1 and list(got["slots"]) == ["a"]
+    assert got["own"]["state"][0] == got["made"]["args"][0] == 1
+    assert (got["class"], got["dtype"], got["size"]) == ("lab.Net", "torch.bfloat16", [2, 3])
+    assert (got["set"], got[7]) == ([5], [None, True, b"x"]) and got["path"]["args"] == ["a", "b"]
+    state = net.state_dict()
+    tensors = {f"{place}.{name}": w for place in ("ema", "net") for name, w in state.items()}
+    same(sample.read_tensors(path), {**tensors, "slots.a": torch.ones(2), "row.items.1": torch.zeros(2),
+                                     "own.state.1": torch.ones(1),
+                                     "made.args.1.w": torch.full((2,), 9.)})
+
+    def plain(x, seen):
+        if id(x) in seen:
+            return True
+        parts = [*x, *x.values()] if type(x) is dict else x if type(x) is list else []
+        known = (dict, list, str, int, float, bool, bytes, type(None), torch.Tensor)
+        return type(x) in known and all(plain(part, {*seen, id(x)}) for part in parts)
+    assert plain(got, set())
+
+
+def test_views_types_and_empty_tensors_come_back_as_they_were(tmp_path, foreign):
+    base = torch.arange(24, dtype=torch.float32)
+    things = dict(base=base, rows=base[4:20].view(4, 4).t(), every=base[1::5],
+                  wide=base[:3].expand(2, 3), none=torch.zeros(0, 3, dtype=torch.int16),
+                  scalar=torch.tensor(3), flags=base > 9)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16,
+                  torch.int8, torch.uint8, torch.complex64, torch.complex128, torch.uint16):
+        things[str(dtype)[6:]] = base[3:9].to(dtype)
+    things["float8"] = base[:5].to(torch.float8_e4m3fn).view(torch.uint8)
+    path = tmp_path / "views.pt"
+    for extra in ({}, {"foreign": foreign.Config()}):             # torch's reader, ours
+        torch.save({**things, **extra}, path)
+        got = sample.read_tensors(path)
+        same(got, things)
+        for name, w in things.items():
+            assert w.numel() == 0 or got[name].stride() == w.stride(), name
+        got["base"][5] = 99.                                      # [5] is in `rows` and not in `wide`
+        assert got["rows"][1, 0] == 99 and got["wide"].max() == 2
+        got["base"][1] = -7.
+        assert got["every"][0] == got["wide"][1, 1] == -7
+    reach = sample.read_foreign(path)["rows"]                     # a tensor cannot reach out of its file
+    assert reach.untyped_storage().nbytes() == 24 * 4
+    rewrite(path, lambda name, raw: raw[:-1] if name.endswith("/data/0") else raw)
+    with pytest.raises(data.UserError, match="nothing in it was run"):
+        sample.read_tensors(path)
+    torch.save(base.to(torch.complex64).conj(), path)             # a note beside the numbers
+    with pytest.raises(data.UserError, match="conjugated"):
+        sample.read_foreign(path)
+
+
+class Calls:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_a_hostile_archive_runs_nothing(tmp_path):
+    marker, path = tmp_path / "owned", tmp_path / "hostile.pt"
+    write, w = f"open({str(marker)!r}, 'w')", torch.ones(2)
+    inner = Calls(eval, write)
+    for evil in (Calls(os.system, f"touch {marker}"), inner, Calls(exec, write),
+                 Calls(getattr, inner, "x"), Calls(open, str(marker), "w"),
+                 Calls(torch.load, str(path), None, inner),
+                 Calls(torch._utils._rebuild_parameter, inner, True, None),
+                 Calls(torch._tensor._rebuild_from_type_v2, eval, torch.Tensor, (write,), {})):
+        for thing, tensors in ((evil, {}), ({"w": w, "state_dict": {"evil": [evil]}}, {"w": w}),
+                               ({"a": {"b": (evil, w)}}, {"a.b.1": w})):
+            torch.save(thing, path)
+            same(sample.read_tensors(path), tensors)
+            assert isinstance(sample.read_foreign(path), dict) and not marker.exists(), evil.call
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(Tower()).save(str(path))
+    for raw in (b"cposix\nsystem\n(S'touch %s'\ntR.", b"cbuiltins\neval\n(S'open(\"%s\", \"w\")'\ntR.",
+                b"(cos\nsystem\nS'touch %s'\no.", b"(S'touch %s'\nios\nsystem\n.",
+                b"\x80\x04\x8c\x02os\x8c\x06system\x93(S'touch %s'\ntR.",
+                b"ctorch._utils\n_rebuild_tensor_v2\n}S'__code__'\nS'touch %s'\nsb."):
+        raw = raw % os.fsencode(marker)
+        rewrite(path, lambda name, old: raw if name.endswith("/data.pkl") else old)
+        try:
+            assert sample.read_tensors(path) == {}
+        except data.UserError as error:
+            assert "\n" not in str(error)
+        assert not marker.exists(), raw
+    pickle.loads(b"cposix\nsystem\n(S'touch %s'\ntR." % os.fsencode(marker))
+    assert marker.exists()                                   # where they are let, they do run
+
+
+def test_foreign_files_that_are_no_archive_get_one_line(tmp_path, foreign):
+    path = tmp_path / "net.pt"
+    torch.save({"a": torch.arange(2000.), "config": foreign.Config()}, path)
+    whole = path.read_bytes()
+    assert len(sample.read_tensors(path)) == 1
+    end = len(whole)
+    contents = [whole[:n] for n in (0, 1, 10, 100, 1000, end // 2, end - 30, end - 1)]
+    contents += [b"hello\n", bytes(5000), b"\x89PNG\r\n\x1a\n", pickle.dumps(foreign.Config),
+                 (GOLDEN / "sampler.npz").read_bytes()]
+    at = whole.index(np.float32(1000).tobytes())
+    contents.append(whole[:at] + b"\x01" + whole[at + 1:])       # one bit of one weight
+    for content in contents:
+        path.write_bytes(content)
+        for reader in (sample.read_tensors, sample.read_foreign):
+            with pytest.raises(data.UserError, match="nothing in it was run") as caught:
+                reader(path)
+            assert "\n" not in str(caught.value) and str(caught.value).startswith(str(path))
+    for k in range(0, end, 97):                                   # any byte: an answer or that line
+        path.write_bytes(whole[:k] + bytes([whole[k] ^ 0x55]) + whole[k + 1:])
+        try:
+            sample.read_tensors(path)
+        except data.UserError as error:
+            assert "\n" not in str(error)
+    for place in (tmp_path / "missing.pt", tmp_path):
+        with pytest.raises(OSError):
+            sample.read_tensors(place)
 
 
 # ------------------------------------------------------------------ pictures of pictures
