@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import fid
 import sample
 from loss import alpha_at, alpha_flow_loss, du_dt, sample_times
 from model import SIZES, DiT, DiTConfig, build
@@ -141,6 +142,12 @@ def parse_flags(argv=None):
     g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl [10]")
     g.add_argument("--preview-every", type=int, help="steps between previews (default: a tenth of the run)")
     g.add_argument("--save-every", type=int, help="steps between checkpoints (default: as previews, <= 5000)")
+    g.add_argument("--eval-every", type=int, metavar="STEPS",
+                   help="steps between measurements of the EMA weights by fid.py (default: never)")
+    g.add_argument("--eval-features", metavar="NAME,...", default="pixels",
+                   help="what is measured: pixels, inception, dinov2, clip, see fid.py [pixels]")
+    g.add_argument("--eval-num", type=int, help="pictures drawn for that (default: as many as the data, "
+                   "50,000 at most)")
     g.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too, if installed")
     return p.parse_args(argv)
 
@@ -180,14 +187,15 @@ def resolve(args, saved=None):
     if args.alpha_schedule == "step" and args.alpha_window is None:
         recipe["alpha_window"] = (0.5, 0.5)             # in the whole-run window the step would be at step 0
 
-    reports = {k: getattr(args, k) for k in ("accumulate", "log_every", "preview_every", "save_every")}
+    reports = {k: getattr(args, k) for k in ("accumulate", "log_every", "preview_every", "save_every",
+                                             "eval_every", "eval_num")}
     check({**recipe, **{k: v for k, v in reports.items() if v is not None}})
     return recipe
 
 
 LIMITS = {                  # what a setting must do: the test, and the settings it holds for
-    "be positive": (lambda v: v > 0, "steps batch accumulate log_every preview_every save_every lr lr_tail "
-                                     "beta1 beta2 grad_clip ema_half_life clip c"),
+    "be positive": (lambda v: v > 0, "steps batch accumulate log_every preview_every save_every eval_every "
+                                     "lr lr_tail beta1 beta2 grad_clip ema_half_life clip c"),
     "not be negative": (lambda v: v >= 0, "warmup ema_ramp seed"),
     "be below 1": (lambda v: v < 1, "beta1 beta2 label_drop"),
     "lie in [0, 1]": (lambda v: 0 <= v <= 1, "label_drop lr_tail"),
@@ -374,6 +382,33 @@ def compiled(net, z, autocast, say):
 
 # ---- reports ---------------------------------------------------------------------------------------
 
+def evaluation(run):
+    """A function -> {"fid_1nfe": ..., "fid_2nfe": ...} of the EMA weights now; or None without --eval-every.
+
+    All processes must call it, each draws its share. What it needs is fetched and measured here, before
+    training: networks and the statistics of the real pictures.
+    """
+    if not run.args.eval_every:
+        return None
+    share = dict(rank=run.rank, world=run.world)
+    extractors = [fid.Extractor(name, device=run.device) for name in run.args.eval_features.split(",")]
+    real = fid.from_dataset(run.dataset)
+    known = fid.measure_reference(real, extractors, **share)
+    num = run.args.eval_num or min(real.count, 50_000)
+
+    def evaluate():
+        values = {}
+        for nfe in (1, 2):
+            made = fid.from_network(run.ema, data.to_uint8, num, "data", sample.uniform_grid(nfe),
+                                    label_counts=real.label_counts)
+            found = fid.measure(made, extractors, what=f"{nfe} NFE", **share)
+            for e in extractors:
+                values |= {f"{name}_{nfe}nfe": value for name, value in
+                           fid.compare(e, found[e.name], known[e.name]).items()}
+        return values
+    return evaluate
+
+
 def open_log(run):
     """A function that writes one line of out/log.jsonl (and of TensorBoard, if asked for).
 
@@ -426,6 +461,7 @@ def preview(path, net, ema, dataset, device, columns=20):
 def curve(log, path, panels=("alpha", "loss_fm", "loss_jump", "err", "tangent", "grad_norm")):
     """A picture of log.jsonl, one panel a quantity from 0 up, the steps from left to right."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]               # lines of --eval-every hold other numbers
     if not rows:                            # resumed into a new folder, and no line is due yet
         return
     width, height, left, last = 900, 110, 70, max(1, rows[-1]["step"])
@@ -617,7 +653,7 @@ def train(run):
                                         "shrink_c")}
     objective.update(null=net.config.classes, target_net=fast, derivative=derivative)
 
-    write = open_log(run) if first else None
+    write, evaluate = open_log(run) if first else None, evaluation(run)
     loader, stop_asked = data.prefetch(micro_batches(run)), catch_signals()
     clock, waited, logged = time.perf_counter(), 0.0, run.start - 1
     bar = tqdm(range(run.start, steps), initial=run.start, total=steps, disable=None if first else True)
@@ -656,6 +692,12 @@ def train(run):
             preview(run.out / f"samples_{done:07d}.png", net, run.ema, run.dataset, device)
             curve(run.out / "log.jsonl", run.out / "curve.png")
             clock += time.perf_counter() - began                # images_per_s is about training alone
+        if evaluate and not stop and (done % args.eval_every == 0 or done == steps):
+            began, values = time.perf_counter(), evaluate()     # on all processes
+            if first:
+                write({"step": step, **values})
+                bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+            clock += time.perf_counter() - began
         if stop:
             break
     return done

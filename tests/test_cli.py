@@ -228,11 +228,6 @@ def test_a_wrong_command_in_a_process_of_its_own(desk):
     assert state(desk) == before
 
 
-def test_a_program_for_one_process_says_so_under_torchrun(lab, desk):
-    result = lab.run("--ckpt", "run/ckpt.pt", program="fid.py", cwd=desk, WORLD_SIZE="2", RANK="0")
-    result.one_line("one process")
-
-
 def test_a_folder_that_may_not_be_written(lab, desk):
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")

@@ -198,19 +198,91 @@ def test_pixels_are_the_picture_in_minus_one_to_one():
             fid.pixels(bad)
 
 
-def test_how_far_real_digits_are_from_real_digits():
-    # The yardstick for every distance this prints: below these numbers there is nothing to win.
-    x = fid.pixels(data.to_uint8(data.load("digits").pictures(slice(None))))
+# ------------------------------------------------------------------ Inception Score, KID, neighbours
+
+SCORES = dict(np.load(Path(__file__).parent / "golden" / "scores.npz"))
+
+
+@pytest.mark.parametrize("case, splits, order", [
+    ("10_plain", 10, "plain"), ("10_shuffled", 10, "shuffled"), ("1", 1, "plain"), ("1", 1, "shuffled"),
+    ("chunks_of_25", 25, "chunks")])
+def test_the_inception_score_by_each_convention(case, splits, order):
+    logits = torch.from_numpy(SCORES["logits"])
+    assert fid.inception_score(logits, splits, order) == approx(SCORES[case], rel=1e-12)
+
+
+def test_the_inception_score_at_its_ends():
+    certain = 1e3 * torch.eye(8).repeat(5, 1)               # each picture one class, all classes equally often
+    assert fid.inception_score(certain, 1) == approx((8, 0))
+    assert fid.inception_score(torch.zeros(40, 8), 4) == approx((1, 0))             # all classes in all
+    assert fid.inception_score(certain + 7, 1) == approx((8, 0))                    # a shift changes no p
+    # Sorted by class, contiguous splits see one class each: hence the shuffle.
+    ordered = certain[certain.argmax(1).argsort()]
+    assert fid.inception_score(ordered, 8, "plain") == approx((1, 0))
+    assert fid.inception_score(ordered, 4)[0] > 4
+
+
+@pytest.mark.parametrize("n, splits", [(1, 10), (7, 10), (60, 10), (103, 10)])
+def test_splits_are_equal_to_one_and_leave_nobody_out(n, splits):
+    for order in ("plain", "shuffled"):
+        sizes = fid.split_numbers(n, splits, order).bincount()
+        assert sizes.sum() == n and len(sizes) == min(n, splits) and sizes.max() - sizes.min() <= 1
+    for bad in [(0, 10, "plain"), (5, 0, "plain"), (5, 5, "sorted")]:
+        with pytest.raises(ValueError, match="splits"):
+            fid.split_numbers(*bad)
+
+
+def test_kid_is_unbiased_and_exact():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 3, generator=g), torch.randn(5, 3, generator=g)
+    # One subset of everything, against the sum written out.
+    k = lambda a, b: float(a.double() @ b.double() / 3 + 1) ** 3  # noqa: E731
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    rows = x[torch.randperm(6, generator=data.generator(0, 5))[:5]]
+    expected = (np.mean([k(rows[i], rows[j]) + k(y[i], y[j]) for i, j in pairs])
+                - 2 * np.mean([k(a, b) for a in rows for b in y]))
+    assert fid.kernel_distance(x, y, subsets=1, size=5) == approx((expected, 0), rel=1e-12)
+    # Equal distributions: 0 on average and below 0 half of the time, however small the subsets are.
+    many, more = torch.randn(2, 4000, 8, generator=g)
+    draws = [fid.kernel_distance(many, more, subsets=1, size=20, seed=s)[0] for s in range(400)]
+    assert abs(np.mean(draws)) < 4 * np.std(draws) / 20 and 0.3 < np.mean(np.less(draws, 0)) < 0.8
+    assert fid.kernel_distance(many, more + 1, subsets=10, size=50)[0] > 10 * np.std(draws)
+    for bad in [(x[:1], y), (x, y[:, :2])]:
+        with pytest.raises(ValueError, match="KID"):
+            fid.kernel_distance(*bad)
+
+
+def by_hand(real, made, k, k_density):
+    """The four numbers as they are defined, with every distance at once."""
+    rr, gg, rg = (np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1)) for a, b in
+                  [(real, real), (made, made), (real, made)])
+    real_k, made_k, dense = (np.sort(d, 1)[:, n] for d, n in [(rr, k), (gg, k), (rr, k_density)])
+    inside = rg < dense[:, None]
+    return dict(precision=(rg <= real_k[:, None]).any(0).mean(), recall=(rg <= made_k).any(1).mean(),
+                density=inside.sum() / k_density / len(made), coverage=inside.any(1).mean())
+
+
+@pytest.mark.parametrize("cells", [1, 500, 2**25])
+def test_neighbours_in_blocks_equal_all_distances_at_once(cells, monkeypatch):
+    monkeypatch.setattr(fid._squared_distances, "__defaults__", (cells,))
     rng = np.random.default_rng(0)
+    real, made = rng.normal(size=(70, 4)) + 1e3, 0.8 * rng.normal(size=(53, 4)) + 1e3 + 0.5
+    found = fid.neighbour_metrics(torch.from_numpy(real), torch.from_numpy(made), 3, 5)
+    assert found == approx(by_hand(real, made, 3, 5), rel=1e-12)
+    assert 0 < found["recall"] < found["precision"] < 1             # narrower: real-looking, less varied
 
-    def distance(a, b):
-        a, b = RunningStats(64).update(a), RunningStats(64).update(b)
-        return frechet_distance(a.mean, a.cov(), b.mean, b.cov())
 
-    orders = [rng.permutation(len(x)) for _ in range(10)]
-    halves = [distance(x[order[:898]], x[order[898:]]) for order in orders]
-    resamples = [distance(x[rng.integers(0, len(x), len(x))], x) for _ in range(10)]
-    assert 0.2 < np.mean(halves) < 0.4 and 0.05 < np.mean(resamples) < 0.1
+def test_neighbours_at_their_ends():
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    x[:10] = x[0]                                                   # more copies than neighbours
+    same = fid.neighbour_metrics(x, x.flip(0))
+    assert same["precision"] == same["recall"] == 1 and same["coverage"] == approx(1, abs=0.06)
+    assert fid.neighbour_metrics(x[9:], x[9:]) == approx(
+        dict(precision=1, recall=1, density=1, coverage=1))
+    assert fid.neighbour_metrics(x, x + 100) == dict(precision=0, recall=0, density=0, coverage=0)
+    for bad in [(x[:5], x), (x, x[:, :3])]:
+        with pytest.raises(ValueError, match="neighbours"):
+            fid.neighbour_metrics(*bad)
 
 
 # ------------------------------------------------------------------ a checkpoint against its data
@@ -247,19 +319,21 @@ def fid_py(monkeypatch, capsys, *words):
 
 
 def test_drawing_the_data_themselves_gives_zero(monkeypatch):
-    digits = data.load("digits")
-    seen = {}
+    digits = fid.from_dataset(data.load("digits"))
+    net, seen = model.build("Ti/2", 8, 1, 10), {}
 
-    def generate(net, decode, labels, grid, **options):
-        seen.update(options, labels=labels)
-        return data.to_uint8(digits.pictures(slice(None))).flip(0).split(100)  # another order
+    def generate(net, decode, labels, grid, sampler, seed, batch, indices):
+        seen.update(labels=labels, grid=grid, seed=seed)
+        return iter([digits.read([1796 - k for k in indices])])     # another order
 
     monkeypatch.setattr(sample, "generate", generate)
-    result = fid.evaluate(model.build("Ti/2", 8, 1, 10), None, digits, [1.0, 0.5, 0.0], seed=3)
-    assert 0 <= result["value"] < 1e-9
-    assert (result["generated"], result["reference_count"], result["nfe"]) == (1797, 1797, 2)
-    assert np.bincount(seen["labels"], minlength=10).tolist() == digits.describe()["label_counts"]
-    assert seen["seed"] == result["seed"] == 3
+    drawn = fid.from_network(net, data.to_uint8, 1797, "data", [1, 0.5, 0], seed=3,
+                             label_counts=digits.label_counts)
+    pixels = fid.Extractor("pixels")
+    made, real = (fid.measure(side, [pixels])["pixels"] for side in (drawn, digits))
+    assert 0 <= fid.compare(pixels, made, real)["pixels"] < 1e-9
+    assert np.bincount(seen["labels"], minlength=10).tolist() == digits.label_counts
+    assert seen["seed"] == drawn.protocol["seed"] == 3 and drawn.protocol["nfe"] == 2
 
 
 def test_the_command_prints_the_value_with_its_protocol(ckpt, tmp_path, monkeypatch, capsys):
@@ -267,25 +341,26 @@ def test_the_command_prints_the_value_with_its_protocol(ckpt, tmp_path, monkeypa
     words = ["--ckpt", ckpt, "--num", 100, "--grid", "1,0.55,0", "--seed", 5, "--json", file]
     status, out, err = fid_py(monkeypatch, capsys, *words)
     assert (status, err) == (0, "")
-    for said in ["Fréchet distance on pixels: ", "100 pictures", "NFE 2", "1 > 0.55 > 0", "sampler ode",
-                 "seed 5", "labels      data", "ema", "step 7", "digits, all 1797", "pixels, 64 numbers",
-                 "N - 1"]:
+    for said in ["Fréchet distance on pixels: ", "count 100", "nfe 2", "[1.0, 0.55, 0.0]", "sampler ode",
+                 "seed 5", "labels data", "weights ema", "step 7", "name digits, count 1797",
+                 "features pixels", "N-1"]:
         assert said in out, said
     text = file.read_text(encoding="utf-8")
     assert "FID" not in out + text  # the name belongs to Inception's features
     result = json.loads(text)
-    assert f"{result['value']:.4f}" in out and result["value"] > 1
-    assert result["grid"] == [1, 0.55, 0] and result["weights"] == "ema" and result["generated"] == 100
+    value, made = result["metrics"]["pixels"]["pixels"], result["pictures"]
+    assert f"{value:.4f}" in out and value > 1
+    assert made["grid"] == [1, 0.55, 0] and made["weights"] == "ema" and made["count"] == 100
     # Pictures do not depend on the batch, so the value does not; it does on the weights.
     for more, same in [(["--batch", "33"], True), (["--raw"], False)]:
         assert fid_py(monkeypatch, capsys, *words, *more)[0] == 0
-        again = json.loads(file.read_text(encoding="utf-8"))["value"]
-        assert (again == approx(result["value"], rel=1e-3)) == same
+        again = json.loads(file.read_text(encoding="utf-8"))["metrics"]["pixels"]["pixels"]
+        assert (again == approx(value, rel=1e-3)) == same
 
 
 def test_too_few_pictures_are_warned_about(ckpt, monkeypatch, capsys):
     status, out, err = fid_py(monkeypatch, capsys, "--ckpt", ckpt, "--num", "64", "--labels", "balanced")
-    assert status == 0 and "labels      balanced" in out
+    assert status == 0 and "labels balanced" in out
     assert err.count("\n") == 1 and "64 pictures" in err
 
 
@@ -300,16 +375,16 @@ def test_too_few_pictures_are_warned_about(ckpt, monkeypatch, capsys):
     (["--ckpt", "CKPT", "--nfe", "two"], "two"),
     (["--ckpt", "CKPT", "--nfe", "1", "--grid", "1,0"], "--grid"),
     (["--ckpt", "CKPT", "--grid", "0,1"], "0,1"),
-    (["--ckpt", "CKPT", "--grid", "0.9,0"], "--grid 0.9,0"),
+    (["--ckpt", "CKPT", "--grid", "0.9,0"], "starts at 0.9"),
     (["--ckpt", "CKPT", "--grid", "1,0.5,0.5,0"], "1,0.5,0.5,0"),
     (["--ckpt", "CKPT", "--grid", "1,half,0"], "1,half,0"),
     (["--ckpt", "CKPT", "--grid", ""], "grid"),
     (["--ckpt", "CKPT", "--sampler", "euler"], "euler"),
-    (["--ckpt", "CKPT", "--features", "inception"], "inception"),
+    (["--ckpt", "CKPT", "--features", "vgg"], "vgg"),
     (["--ckpt", "CKPT", "--labels", "list"], "list"),
     (["--ckpt", "CKPT", "--ema", "--raw"], "--raw"),
     (["--ckpt", "CKPT", "--ref", "nosuchset"], "nosuchset"),
-    (["--ckpt", "CKPT", "--ref", "OTHER"], "[1, 8, 12]"),
+    (["--ckpt", "CKPT", "--ref", "OTHER"], "1x8x12"),
     (["--ckpt", "MOVED"], "--ref"),
     (["--ckpt", "CHANGED"], "--ref digits"),
     (["--ckpt", "CKPT", "--device", "abacus"], "abacus"),
@@ -341,7 +416,7 @@ def test_the_file_itself_runs_from_anywhere(ckpt, tmp_path):
 
 
 def test_the_yardstick_of_the_readme():
-    """How far apart samples of the real digits are: random halves 0.30, a bootstrap resample 0.07 from all."""
+    """How far samples of the real digits are apart: random halves 0.30, a bootstrap resample 0.07 from all."""
     digits = data.load("digits")
     real = fid.pixels(data.to_uint8(digits.pictures(slice(None))))                   # (1797, 64)
     draw = np.random.default_rng(0)
