@@ -739,10 +739,14 @@ class Extractor:
     def __call__(self, pictures):
         if not self.net:
             return {"features": pixels(pictures)}
+        # On a CPU 16 at a time: with 64 no layer finds what the last one wrote in a cache, at 1.3 the time.
+        pieces, found = pictures.split(16 if self.device.type == "cpu" else len(pictures)), []
         with exact_float32():
-            x = self.prepare(pictures.to(self.device, non_blocking=True), next(self.net.parameters()).dtype)
-            rows = self.net(x)
-        return dict(zip(("features", "spatial", "logits"), rows if isinstance(rows, tuple) else (rows,)))
+            for piece in pieces:
+                x = self.prepare(piece.to(self.device, non_blocking=True), next(self.net.parameters()).dtype)
+                rows = self.net(x)
+                found.append(rows if isinstance(rows, tuple) else (rows,))
+        return dict(zip(("features", "spatial", "logits"), map(torch.cat, zip(*found))))
 
 
 @contextlib.contextmanager
@@ -809,7 +813,7 @@ def from_folder(folder, size=None):
 
     UserError if there are none, one cannot be read, or, without `size`, they are not all equally large.
     """
-    files, _, _ = data.listing(folder)
+    files, _, _ = data.listing(Path(folder))
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
     def read_one(file):
@@ -903,6 +907,8 @@ def measure(pictures, extractors, batch=64, divisor="N-1", keep=False, rank=0, w
     rows = {e: torch.zeros(-(-N // world), dims[e]["features"]) for e in dims if keep}
     split, done = split_numbers(N), 0
     batches = (pictures.read(mine[i:i + batch]) for i in range(0, len(mine), batch))
+    if any(e.stats_device == "cuda" for e in extractors):
+        batches = (u.pin_memory() for u in batches)         # copied while the network computes
     with tqdm(total=len(mine), desc=what, unit="img", disable=True if rank else None, leave=False) as bar:
         for u in data.prefetch(batches) if pictures.ahead else batches:                   # (b, C, H, W)
             here = slice(done, done + len(u))
@@ -1102,7 +1108,7 @@ def open_sides(args, device):
     """(Pictures that are judged, real Pictures or None, what read_stats finds in the reference or None)."""
     ref, real, stats = args.ref, None, None
     if not (args.ckpt or is_checkpoint(ref)) and (args.nfe or args.grid or args.labels or args.raw):
-        raise UserError("--nfe, --grid, --labels and --raw say how pictures are drawn: only with a checkpoint")
+        raise UserError("--nfe, --grid, --labels and --raw say how a checkpoint draws, and there is none here")
     if is_checkpoint(ref):
         real = drawn(ref, args, device, args.num or 50_000)
     elif ref and Path(ref).is_file():

@@ -144,7 +144,7 @@ def parse_flags(argv=None):
     g.add_argument("--save-every", type=int, help="steps between checkpoints (default: as previews, <= 5000)")
     g.add_argument("--eval-every", type=int, metavar="STEPS",
                    help="steps between measurements of the EMA weights by fid.py (default: never)")
-    g.add_argument("--eval-features", metavar="NAME,...", default="pixels",
+    g.add_argument("--eval-features", metavar="NAME,...",
                    help="what is measured: pixels, inception, dinov2, clip, see fid.py [pixels]")
     g.add_argument("--eval-num", type=int, help="pictures drawn for that (default: as many as the data, "
                    "50,000 at most)")
@@ -197,6 +197,7 @@ LIMITS = {                  # what a setting must do: the test, and the settings
     "be positive": (lambda v: v > 0, "steps batch accumulate log_every preview_every save_every eval_every "
                                      "lr lr_tail beta1 beta2 grad_clip ema_half_life clip c"),
     "not be negative": (lambda v: v >= 0, "warmup ema_ramp seed"),
+    "be 2 or more": (lambda v: v >= 2, "eval_num"),         # one picture has no covariance
     "be below 1": (lambda v: v < 1, "beta1 beta2 label_drop"),
     "lie in [0, 1]": (lambda v: 0 <= v <= 1, "label_drop lr_tail"),
     "be below 2**64": (lambda v: v < 2**64, "seed"),
@@ -389,9 +390,12 @@ def evaluation(run):
     training: networks and the statistics of the real pictures.
     """
     if not run.args.eval_every:
+        if run.args.eval_num or run.args.eval_features:
+            raise ValueError("--eval-num and --eval-features do nothing without --eval-every STEPS")
         return None
     share = dict(rank=run.rank, world=run.world)
-    extractors = [fid.Extractor(name, device=run.device) for name in run.args.eval_features.split(",")]
+    names = (run.args.eval_features or "pixels").split(",")
+    extractors = [fid.Extractor(name, device=run.device) for name in names]
     real = fid.from_dataset(run.dataset)
     known = fid.measure_reference(real, extractors, **share)
     num = run.args.eval_num or min(real.count, 50_000)
@@ -638,7 +642,7 @@ def backward(run, predict, batches, alpha, noise, objective, autocast):
     return total
 
 
-def train(run):
+def train(run, evaluate=None):
     """The loop. Step k is a function of the state after step k-1 and of (seed, k): to resume is to go on."""
     args, recipe, net, device = run.args, run.recipe, run.net, run.device
     steps, first = recipe["steps"], run.rank == 0
@@ -653,7 +657,7 @@ def train(run):
                                         "shrink_c")}
     objective.update(null=net.config.classes, target_net=fast, derivative=derivative)
 
-    write, evaluate = open_log(run) if first else None, evaluation(run)
+    write = open_log(run) if first else None
     loader, stop_asked = data.prefetch(micro_batches(run)), catch_signals()
     clock, waited, logged = time.perf_counter(), 0.0, run.start - 1
     bar = tqdm(range(run.start, steps), initial=run.start, total=steps, disable=None if first else True)
@@ -707,6 +711,7 @@ def main():
     args = parse_flags()
     rank, world, device = start_processes(args.device)
     run = assemble(args, rank, world, device)
+    evaluate = evaluation(run)
     steps = run.recipe["steps"]
     if rank == 0:
         about, parameters = run.dataset.describe(), sum(p.numel() for p in run.net.parameters())
@@ -720,7 +725,7 @@ def main():
             for old in [run.out / "ckpt.pt", *run.out.glob("samples_*.png")]:
                 old.unlink(missing_ok=True)
         (run.out / "recipe.json").write_text(json.dumps(run.recipe, indent=1) + "\n")
-    finished = train(run) if run.start < steps else steps
+    finished = train(run, evaluate) if run.start < steps else steps
     if rank == 0:
         ckpt = run.out / "ckpt.pt"
         if finished < steps:

@@ -175,6 +175,27 @@ fid.py --ckpt run/ckpt.pt --grid 0.5,0
 fid.py --ckpt run/ckpt.pt --seed -1
 fid.py --ckpt run/ckpt.pt --json nowhere/x.json
 fid.py --ckpt run/ckpt.pt --bacth 8
+fid.py --ckpt run/ckpt.pt --pictures pictures
+fid.py --ckpt run/ckpt.pt --features pixels,vgg
+fid.py --ckpt run/ckpt.pt --features inception --weights nowhere
+fid.py --ckpt run/ckpt.pt --features inception --weights text.pt
+fid.py --ckpt run/ckpt.pt --features clip --weights foreign.pt
+fid.py --ckpt run/ckpt.pt --ref text.pt
+fid.py --ckpt run/ckpt.pt --divisor N-2
+fid.py --ckpt run/ckpt.pt --save-pictures full
+fid.py --ckpt run/ckpt.pt --save-stats nowhere/x.npz
+fid.py --ckpt run/ckpt.pt --save-stats x.npz --features pixels,inception
+fid.py --pictures pictures
+fid.py --pictures empty --ref digits
+fid.py --pictures digits
+fid.py --pictures digits --ref digits --num 9999
+fid.py --pictures digits --ref digits --size 8
+fid.py --pictures digits --ref digits --nfe 2
+fid.py --pictures digits --ref digits --save-pictures x
+train.py --eval-every 0
+train.py --eval-every 2 --eval-num 1
+train.py --eval-every 2 --eval-features vgg
+train.py --eval-features pixels
 loss.py
 loss.py --ckpt nowhere.pt
 loss.py --ckpt foreign.pt
@@ -320,6 +341,8 @@ def trimmed(program, args):
     """The flags that make a command short, or None if it needs a download, a GPU or ImageNet."""
     if program == "data.py" or "cuda" in " ".join(args):
         return None
+    if program == "fid.py" and not any(arg.startswith("out/digits") for arg in args):
+        return None
     if program != "train.py":
         return {"sample.py": ["--num", "20"] if "--num" in args else [], "fid.py": ["--num", "100"],
                 "loss.py": ["--batches", "1", "--batch", "8"]}[program] + ["--device", "cpu"]
@@ -327,6 +350,7 @@ def trimmed(program, args):
     if train.resolve(flags)["data"] != "digits":
         return None
     short = ["--batch", "8", "--preview-every", "3", "--log-every", "1", "--device", "cpu"]
+    short += ["--eval-every", "2", "--eval-num", "50"] if "--eval-every" in args else []
     return short + (["--overwrite", "--steps", "3"] if flags.resume is None else [])
 
 
