@@ -52,8 +52,8 @@ class UserError(ValueError):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):  # "(default: None)" tells nobody anything
-        return action.help if action.default is None else super()._get_help_string(action)
+    def _get_help_string(self, action):  # "(default: None)" and "(default: False)" tell nobody anything
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -697,10 +697,11 @@ def find_weights(network, given=None):
             path = given if given.is_file() else given / name
             return path, data.checksum_of(path)
     path = cache_folder() / name
-    if path.is_file() and data.checksum_of(path) != published:
+    if not path.is_file():
+        data.fetch(name, published, addresses, path.parent,
+                   f"get {addresses[0]} in another way and put it at {path}, or name it with --weights FILE")
+    elif data.checksum_of(path) != published:
         raise UserError(f"{path} is not the published file: delete it, or name it with --weights")
-    data.fetch(name, published, addresses, path.parent,
-               f"get {addresses[0]} in another way and put it at {path}, or name it with --weights FILE")
     return path, published
 
 
@@ -1047,7 +1048,8 @@ def flags():
     group.add_argument("--sampler", choices=["ode", "consistency"], default="ode",
                        help="how to get from one time to the next")
     group.add_argument("--num", type=int,
-                       help="pictures (default: as many as are real, 50,000 against statistics)")
+                       help="pictures (default: as many as there are in --pictures or --ref; drawn ones "
+                       "50,000 at most)")
     group.add_argument("--labels", choices=["data", "balanced", "random"],
                        help="classes: as often as in the data, equally often, or by chance (default: data "
                        "where that is known, else random)")
@@ -1120,7 +1122,7 @@ def open_sides(args, device):
     elif args.ckpt and not args.save_stats:
         real = training_data(args.ckpt)
     if args.ckpt:
-        num = args.num or (real.count if real and not stats else 50_000)
+        num = args.num or min(50_000, real.count if real and not stats else 50_000)
         return drawn(args.ckpt, args, device, num, real and real.label_counts), real, stats
     made = open_pictures(args.pictures, args.size)
     if args.num and args.num > made.count:
