@@ -881,6 +881,20 @@ def open_pictures(name, size=None):
     return from_folder(path, size) if path.is_dir() and not prepared else from_dataset(data.load(name))
 
 
+def without_colour(pictures):
+    """`pictures` with one channel if they look grey: those of folders are RGB whatever the files hold."""
+    def one_channel(indices):
+        u = pictures.read(indices)
+        if (u != u[:, :1]).any():
+            raise UserError(f"{pictures.name} holds grey and coloured pictures, and the reference is grey")
+        return u[:, :1]
+
+    first = pictures.read(range(min(16, pictures.count)))
+    if (first != first[:, :1]).any():
+        return pictures
+    return dataclasses.replace(pictures, shape=(1, *pictures.shape[1:]), read=one_channel)
+
+
 # ------------------------------------------------------------------ measuring
 
 
@@ -1127,6 +1141,7 @@ def open_sides(args, device):
     made = open_pictures(args.pictures, args.size)
     if args.num and args.num > made.count:
         raise UserError(f"--num {args.num}: {made.name} has {made.count} pictures")
+    made = without_colour(made) if real and real.shape[0] == 1 else made
     return dataclasses.replace(made, count=args.num or made.count), real, stats
 
 
@@ -1159,7 +1174,7 @@ def warnings_of(made, real, extractors):
             yield f"{few} pictures do not fill {dim} dimensions, which raises the value: draw more"
         if e.net and not e.protocol["published_weights"]:
             yield f"{e.protocol['weights']} is not the published file: comparable with no other numbers"
-    if real and real.shape != made.shape:
+    if real and real.shape[1:] != made.shape[1:]:
         yield f"the pictures are {made.size}, the reference {real.size}: resized, they differ in sharpness"
 
 

@@ -1,9 +1,9 @@
-"""Facts about fid.py from pictures to printed numbers: sources, statistics, references, weights, commands.
+"""Facts about fid.py from pictures to printed numbers: sources, sums, references, weights, commands.
 
     python -m pytest tests/test_measure.py
 
-The real networks are tested in test_networks.py and are slow. Here a tiny one stands for them; it computes
-in float64, so that other batches and processes agree to ten digits. Nothing is fetched from elsewhere.
+The real networks are tested in test_networks.py and are slow. Here a tiny one stands for them, in
+float64, so that other batches and processes agree to ten digits. Nothing is fetched from elsewhere.
 """
 import hashlib
 import json
@@ -27,12 +27,12 @@ import data  # noqa: E402
 import fid  # noqa: E402
 import model  # noqa: E402
 import sample  # noqa: E402
-from test_data import server  # noqa: E402, F401
+import test_data  # noqa: E402
+import test_train  # noqa: E402
 from test_fid import fid_py, save  # noqa: E402
 from test_networks import weights  # noqa: E402
-from test_train import KEEP, assert_same_run, lab  # noqa: E402, F401
 
-# ------------------------------------------------------------------ stand-ins and pictures
+lab, server = test_train.lab, test_data.server      # fixtures
 
 
 class Tiny(nn.Module):
@@ -44,7 +44,8 @@ class Tiny(nn.Module):
         self.w = nn.Parameter(torch.randn(48, 1018, generator=data.generator(5), dtype=torch.float64))
 
     def forward(self, x):
-        return torch.tanh(x[:, :, 30:220:60, 30:220:60].flatten(1) @ self.w / 3).split([6, 4, 1008], 1)
+        x = x[:, :, 30:220:60, 30:220:60].flatten(1)
+        return torch.tanh(x @ self.w / 3).split([6, 4, 1008], 1)
 
 
 class Light(fid.Extractor):
@@ -62,6 +63,7 @@ class Light(fid.Extractor):
 
 @pytest.fixture(autouse=True)
 def offline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALPHAFLOW_CACHE", str(tmp_path / "cache"))
     for network, (name, sha256, _) in fid.WEIGHTS.items():          # nobody listens at port 9
         monkeypatch.setitem(fid.WEIGHTS, network, (name, sha256, ["http://127.0.0.1:9/" + name]))
@@ -81,18 +83,19 @@ def pictures(n, h=9, w=7, c=3, seed=0):
 
 
 def chw(array):
-    return torch.from_numpy(array).permute(0, 3, 1, 2)
+    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
 
 
 def write(kind, path, array, **more):
     """The pictures in `array` (n, h, w, c) as one of the sources that fid.py can read -> its name."""
     n, h, w, c = array.shape
+    path = Path(path).absolute()
     if "npz" in kind:
         path = path.with_suffix(".npz")
         (np.savez_compressed if "compressed" in kind else np.savez)(path, arr_0=array, **more)
     elif kind == "prepared":
         path.mkdir()
-        np.save(path / "images.npy", chw(array).contiguous())
+        np.save(path / "images.npy", chw(array))
         np.save(path / "labels.npy", np.arange(n) % 2)
         (path / "meta.json").write_text(json.dumps(dict(
             shape=[c, h, w], count=n, classes=2, names=["a", "b"], range=[0, 255], source="a test")))
@@ -116,32 +119,36 @@ def refused(call, *words):
 
 
 @pytest.mark.parametrize("kind", ["folder", "class folders", "npz", "compressed npz", "prepared"])
-def test_every_source_gives_the_same_pictures_in_any_order_and_batch(kind, tmp_path):
+def test_every_source_gives_the_same_pictures_in_any_order_and_batch(kind):
     array = pictures(7)
-    source, want = fid.open_pictures(write(kind, tmp_path / "x", array)), chw(array)
+    source, want = fid.open_pictures(write(kind, "x", array)), chw(array)
     assert (source.count, source.shape) == (7, (3, 9, 7)) and source.read([0]).dtype == torch.uint8
     for batch in (1, 3, 7):
-        assert torch.equal(torch.cat([source.read(range(7)[i:i + batch]) for i in range(0, 7, batch)]), want)
+        parts = [source.read(range(7)[i:i + batch]) for i in range(0, 7, batch)]
+        assert torch.equal(torch.cat(parts), want)
     for order in ([6, 0, 3, 3], range(1, 7, 3)):
         assert torch.equal(source.read(order), want[list(order)])
 
 
-def test_grey_palette_and_alpha_become_rgb_and_grey_is_grey_everywhere(tmp_path):
+def test_grey_palette_alpha_and_digits_fill_the_range_of_a_byte(tmp_path):
     grey = pictures(4, c=1)
     image, want = Image.fromarray(grey[0].squeeze()), chw(grey)[0].expand(3, -1, -1)
-    image.save(tmp_path / "0grey.png")
-    image.convert("P").save(tmp_path / "1palette.png")
+    image.save("0grey.png")
+    image.convert("P").save("1palette.png")
     image.putalpha(Image.fromarray(np.full((9, 7), 102, np.uint8)))             # 40 % over white
-    image.save(tmp_path / "2alpha.png")
+    image.save("2alpha.png")
     plain, palette, alpha = fid.from_folder(tmp_path).read(range(3))
     assert torch.equal(plain, want) and torch.equal(palette, want)
     assert torch.allclose(alpha.float(), 0.4 * want + 0.6 * 255, atol=1)
-    sides = [fid.open_pictures(write(kind, tmp_path / "grey", grey)) for kind in ("folder", "npz")]
+    sides = [fid.open_pictures(write(kind, "grey", grey)) for kind in ("folder", "npz")]
     assert torch.equal(*(fid.prepare_tf(side.read(range(4))) for side in sides))
+    digits = data.load("digits")                                                # 0 .. 16
+    want = torch.from_numpy(np.round(digits.images[:50] * (255 / 16)).astype(np.uint8))
+    assert torch.equal(fid.from_dataset(digits).read(range(50)), want) and want.max() == 255
 
 
 def test_folders_that_cannot_be_measured_are_refused(tmp_path):
-    two = Path(write("folder", tmp_path / "two", pictures(2)))
+    two = Path(write("folder", "two", pictures(2)))
     Image.fromarray(pictures(1, 12, 8)[0]).save(two / "999.png")
     refused(lambda: fid.from_folder(two).read([0, 2]), two / "999.png", "8x12", "7x9", "--size")
     assert fid.from_folder(two, 6).read([2, 0]).shape == (2, 3, 6, 6)
@@ -149,22 +156,19 @@ def test_folders_that_cannot_be_measured_are_refused(tmp_path):
     refused(lambda: fid.from_folder(two, 6).read(range(3)), two / "500.png")
     (two / "000.png").write_bytes(b"no picture")                                # the first one: at once
     refused(lambda: fid.from_folder(two, 6), two / "000.png")
-    (tmp_path / "empty").mkdir()
-    refused(lambda: fid.open_pictures(str(tmp_path / "empty")), "empty", "no picture")
 
 
 @pytest.mark.parametrize("what, words", [
     ("float", ["float32", "uint8"]), ("three axes", []), ("four channels", ["(4, 90, 70, 4)"]),
     ("Fortran order", ["Fortran"]), ("objects", ["object"]), ("no arr_0", ["arr_0"]), ("truncated", []),
-    ("no zip", ["zip"]), ("empty", ["zip"]), ("fewer than said", ["cut short"]), ("flipped", ["damaged"])])
+    ("no zip", ["zip"]), ("empty", ["zip"]), ("lacks some", ["cut short"]), ("flipped", ["damaged"])])
 def test_npz_files_that_cannot_be_measured_are_refused(what, words, tmp_path):
-    x = pictures(4, 90, 70)
-    arrays = {"float": x.astype(np.float32), "three axes": x[..., 0], "four channels": x[..., [0, 1, 2, 0]],
-              "Fortran order": np.asfortranarray(x), "objects": x.astype(object)}
-    path = tmp_path / "x.npz"
+    x, path = pictures(4, 90, 70), tmp_path / "x.npz"
+    arrays = {"float": x.astype(np.float32), "three axes": x[..., 0], "objects": x.astype(object),
+              "four channels": x[..., [0, 1, 2, 0]], "Fortran order": np.asfortranarray(x)}
     (np.savez_compressed if what == "flipped" else np.savez)(
         path, **{"images" if what == "no arr_0" else "arr_0": arrays.get(what, x)})
-    if what == "fewer than said":
+    if what == "lacks some":
         with zipfile.ZipFile(path) as file:
             whole = file.read("arr_0.npy")
         with zipfile.ZipFile(path, "w") as file:
@@ -175,17 +179,10 @@ def test_npz_files_that_cannot_be_measured_are_refused(what, words, tmp_path):
     refused(lambda: fid.open_pictures(str(path)).read(range(4)), path, *words)
 
 
-def test_digits_fill_the_whole_range_as_drawn_ones_do():
-    digits = data.load("digits")
-    u = fid.from_dataset(digits).read(range(50))
-    assert torch.equal(u, torch.from_numpy(np.round(digits.images[:50] * (255 / 16)).astype(np.uint8)))
-    assert u.max() == 255
-
-
-def test_a_drawn_picture_depends_on_its_number_alone_and_is_never_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save(tmp_path / "ckpt.pt")
-    source = fid.from_network(*sample.load("ckpt.pt"), 12, "random", [1, 0.5, 0], "consistency", seed=3)
+def test_a_drawn_picture_depends_on_its_number_alone_and_is_never_written():
+    save("ckpt.pt")
+    net, decode = sample.load("ckpt.pt")
+    source = fid.from_network(net, decode, 12, "random", [1, 0.5, 0], "consistency", seed=3)
     whole = source.read(range(12))
     assert whole.shape == (12, 1, 8, 8) and len(whole.unique(dim=0)) == 12
     for few in ([7], [11, 2], range(1, 12, 2)):
@@ -198,29 +195,30 @@ def test_a_drawn_picture_depends_on_its_number_alone_and_is_never_written(tmp_pa
 
 def measure(array, e, **options):
     u = chw(array)
-    return fid.measure(fid.Pictures("array", len(u), tuple(u.shape[1:]), lambda rows: u[list(rows)]), [e],
-                       **options)[e.name]
+    source = fid.Pictures("array", len(u), tuple(u.shape[1:]), lambda rows: u[list(rows)])
+    return fid.measure(source, [e], **options)[e.name]
 
 
 def distance(a, b):
     """The largest difference of two Measured in means and covariances, relative to the largest entry."""
     assert a.gaussians.keys() == b.gaussians.keys()
-    pairs = [map(np.asarray, pair) for part in a.gaussians for pair in zip(a.gaussians[part], b.gaussians[part])]
+    pairs = [map(np.asarray, pair) for part in a.gaussians
+             for pair in zip(a.gaussians[part], b.gaussians[part])]
     return max(np.abs(x - y).max() / np.abs(y).max() for x, y in pairs)
 
 
 @pytest.mark.parametrize("divisor", ["N-1", "N"])
-def test_what_is_measured_is_numpys_mean_and_covariance_whatever_batch_and_order(divisor, light):
+def test_mean_and_covariance_are_numpys_whatever_batch_and_order(divisor, light):
     x, e = pictures(23), Light("inception", light)
-    found = e(chw(x))
-    want = fid.Measured({part: (rows.numpy().mean(0), np.cov(rows.numpy(), rowvar=False, bias=divisor == "N"))
-                         for part, rows in found.items() if part != "logits"})
+    found = {part: rows.numpy() for part, rows in e(chw(x)).items()}
+    want = fid.Measured({part: (found[part].mean(0), np.cov(found[part].T, bias=divisor == "N"))
+                         for part in ("features", "spatial")})
     for order in range(23), np.random.default_rng(1).permutation(23):
-        score = fid.inception_score(found["logits"][list(order)])   # its splits follow the order
+        score = fid.inception_score(found["logits"][order])         # its splits follow the order
         for batch in 1, 4, 64:
             m = measure(x[order], e, batch=batch, divisor=divisor, keep=True)
             assert distance(m, want) < 1e-10 and m.score == approx(score, rel=1e-10) and score[0] > 1
-            assert torch.equal(m.rows, found["features"][list(order)].float())
+            assert np.array_equal(m.rows, found["features"][order].astype(np.float32))
     assert measure(x, e).rows is None and measure(x, Light("pixels")).score is None
     for n in 0, 1:
         with pytest.raises(ValueError, match="at least 2 pictures"):
@@ -235,35 +233,32 @@ def one_rank():
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     fid.build_network = lambda kind, state: Tiny()
     torch.distributed.init_process_group("gloo")
-    e = Light("inception", sys.argv[1])
-    found = [measure(pictures(n), e, batch=2, keep=True, rank=rank, world=world) for n in COUNTS[world]]
-    torch.save([[asdict(m) for m in found], e.seen], f"{sys.argv[2]}/{rank}of{world}.pt")
+    e, options = Light("inception", sys.argv[1]), dict(batch=2, keep=True, rank=rank, world=world)
+    found = [asdict(measure(pictures(n), e, **options)) for n in COUNTS[world]]
+    torch.save((found, e.seen), f"{rank}of{world}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_processes_share_the_pictures_and_all_know_the_result_of_one(lab, light, tmp_path):  # noqa: F811
+def test_processes_share_the_pictures_and_all_know_the_result_of_one(lab, light, tmp_path):
     hook = f"sys.path.insert(0, {str(HERE)!r})\nimport test_measure\nfid.main = test_measure.one_rank"
     for rank in [rank for world in COUNTS for rank in
-                 lab.start_ranks(light, tmp_path, world=world, program="fid.py", hook=hook)]:
+                 lab.start_ranks(light, world=world, program="fid.py", hook=hook, cwd=tmp_path)]:
         lab.finish(rank).ok()
-    for world, counts in COUNTS.items():
-        alone = [measure(pictures(n), Light("inception", light), keep=True) for n in counts]
-        for rank in range(world):
-            found, seen = torch.load(tmp_path / f"{rank}of{world}.pt", weights_only=False)
-            assert seen == sum(len(range(rank, n, world)) for n in counts)
-            for theirs, ours in zip((fid.Measured(**m) for m in found), alone, strict=True):
-                assert distance(theirs, ours) < 1e-12 and torch.equal(theirs.rows, ours.rows)
-                assert theirs.score == approx(ours.score, rel=1e-12, abs=1e-12)
+    for rank, world in [(rank, world) for world in COUNTS for rank in range(world)]:
+        found, seen = torch.load(f"{rank}of{world}.pt", weights_only=False)
+        assert seen == sum(len(range(rank, n, world)) for n in COUNTS[world])
+        for n, theirs in zip(COUNTS[world], (fid.Measured(**m) for m in found), strict=True):
+            ours = measure(pictures(n), Light("inception", light), keep=True)
+            assert distance(theirs, ours) < 1e-12 and torch.equal(theirs.rows, ours.rows)
+            assert theirs.score == approx(ours.score, rel=1e-12, abs=1e-12)
 
 
 # ------------------------------------------------------------------ references
 
 
 @pytest.fixture
-def command(light, tmp_path, monkeypatch, capsys):
-    """Runs fid.py with the stand-in in tmp_path -> what its JSON file holds and what stderr."""
-    monkeypatch.chdir(tmp_path)
-
+def command(light, monkeypatch, capsys):
+    """Runs fid.py with the stand-in -> what its JSON file holds, and what stderr."""
     def run(*words):
         status, out, err = fid_py(monkeypatch, capsys, *words, "--weights", light, "--json", "r.json")
         assert status == 0, err
@@ -271,29 +266,33 @@ def command(light, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_statistics_are_written_and_read_back(command, tmp_path):
-    made, real = (write("npz", tmp_path / f"{seed}", pictures(12, seed=seed)) for seed in (1, 2))
-    direct = command("--pictures", made, "--ref", real)[0]["metrics"]["inception"]
+def test_statistics_are_written_and_read_back(command):
+    made, real = (write("npz", str(seed), pictures(12, seed=seed)) for seed in (1, 2))
+
+    def values(of, against):
+        return command("--pictures", of, "--ref", against)[0]["metrics"]["inception"]
+
+    direct = values(made, real)
     command("--pictures", real, "--save-stats", "s.npz")
     with np.load("s.npz", allow_pickle=False) as file:
         stats = dict(file)
-    assert stats.keys() == {"mu", "sigma", "mu_s", "sigma_s", "protocol"} and stats["mu"].dtype == np.float64
-    same, other = (command("--pictures", x, "--ref", "s.npz")[0]["metrics"]["inception"] for x in (real, made))
-    assert max(same["fid"], same["sfid"]) < 1e-12 and other == approx(direct, rel=1e-9)
+    assert stats.keys() == {"mu", "sigma", "mu_s", "sigma_s", "protocol"}
+    assert max(values(real, "s.npz")[name] for name in ("fid", "sfid")) < 1e-12
+    assert values(made, "s.npz") == approx(direct, rel=1e-9)
     np.savez("ref.npz", ref_mu=stats["mu"], ref_sigma=stats["sigma"])                   # as some tools do
-    other = command("--pictures", made, "--ref", "ref.npz")[0]["metrics"]["inception"]
+    other = values(made, "ref.npz")
     assert other["fid"] == approx(direct["fid"], rel=1e-9) and "sfid" not in other
 
 
-def test_adms_files_give_the_distance_by_statistics_and_neighbours_by_pictures(command, light, tmp_path):
-    made, all_, some = pictures(12, seed=1), pictures(30, seed=2), pictures(8, seed=3)
+def test_adms_files_give_the_distance_by_statistics_and_neighbours_by_pictures(command, light):
+    made, everyone, some = pictures(12, seed=1), pictures(30, seed=2), pictures(8, seed=3)
     e = Light("inception", light)
-    a, b, c = (measure(x, e, keep=True) for x in (made, all_, some))
+    a, b, c = (measure(x, e, keep=True) for x in (made, everyone, some))
     (mu, sigma), (mu_s, sigma_s) = b.gaussians.values()
-    file = write("npz", tmp_path / "adm", some, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    values = command("--pictures", write("npz", tmp_path / "x", made), "--ref", file, "--kid", "--prdc")[0]
-    assert values["metrics"]["inception"] == approx(
-        fid.compare(e, a, b) | fid.compare(e, a, c, True, True) | fid.compare(e, a, b), rel=1e-9)
+    file = write("npz", "adm", some, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    found, _ = command("--pictures", write("npz", "x", made), "--ref", file, "--kid", "--prdc")
+    want = fid.compare(e, a, c, kid=True, prdc=True) | fid.compare(e, a, b)
+    assert found["metrics"]["inception"] == approx(want, rel=1e-9)
 
 
 class Trap:
@@ -304,56 +303,50 @@ class Trap:
 @pytest.mark.parametrize("said, change", [
     ("allow_pickle=False", dict(mu=np.array([Trap()], object))), ("cannot be read", "truncated"),
     ("sigma", dict(sigma=None)), ("5 dimensions, inception 6", dict(mu=np.zeros(5), sigma=np.eye(5))),
-    ("arr_0", dict(mu=None)), ("arr_0", "--prdc"), ("its preprocessing is", dict(preprocessing="nearest")),
-    ("its weights_sha256 is", dict(weights_sha256="0" * 64)), ("its features is", dict(features="dinov2"))])
-def test_a_reference_that_does_not_fit_is_refused_before_any_picture(said, change, light, tmp_path,
-                                                                     monkeypatch, capsys):
+    ("arr_0", dict(mu=None)), ("arr_0", "--prdc"), ("preprocessing is", dict(preprocessing="nearest")),
+    ("weights_sha256 is", dict(weights_sha256="0" * 64)), ("features is", dict(features="dinov2"))])
+def test_a_reference_that_does_not_fit_is_refused_before_any_picture(
+        said, change, light, monkeypatch, capsys):
     arrays, protocol = dict(mu=np.zeros(6), sigma=np.eye(6)), Light("inception", light).protocol
     for key, value in change.items() if isinstance(change, dict) else ():
         (protocol if key in protocol else arrays)[key] = value
-    monkeypatch.chdir(tmp_path)
-    np.savez("s.npz", protocol=json.dumps(protocol), **{k: v for k, v in arrays.items() if v is not None})
+    arrays = {k: v for k, v in arrays.items() if v is not None}
+    np.savez("s.npz", protocol=json.dumps(protocol), **arrays)
     if change == "truncated":
         Path("s.npz").write_bytes(Path("s.npz").read_bytes()[:-50])
     monkeypatch.setattr(fid, "measure", lambda *_, **__: pytest.fail("too late"))
-    status, _, err = fid_py(monkeypatch, capsys, "--pictures", write("npz", tmp_path / "x", pictures(9)),
-                            "--ref", "s.npz", "--weights", light, *["--prdc"] * (change == "--prdc"))
+    words = ["--pictures", write("npz", "x", pictures(9)), "--ref", "s.npz", "--weights", light]
+    status, _, err = fid_py(monkeypatch, capsys, *words, *["--prdc"] * (change == "--prdc"))
     assert status == 2 and err.count("\n") == 1 and said in err and "s.npz" in err, err
     assert not Path("sprung").exists()
 
 
-# ------------------------------------------------------------------ the cache beside a prepared data set
-
-
 @pytest.fixture
-def remembered(light, tmp_path):
+def remembered(light):
     """Measures the prepared data set `set` -> Measured, how many pictures the network saw, its files."""
-    write("prepared", tmp_path / "set", pictures(9))
+    folder = Path(write("prepared", "set", pictures(9)))
 
     def run(name="inception", **options):
         e = Light(name, light)
-        found = fid.measure_reference(fid.open_pictures(str(tmp_path / "set")), [e], **options)[name]
-        return found, e.seen, sorted((tmp_path / "set").glob("fid-*"))
+        found = fid.measure_reference(fid.open_pictures(str(folder)), [e], **options)[name]
+        return found, e.seen, sorted(folder.glob("fid-*"))
     return run
 
 
 @pytest.mark.parametrize("what", ["pictures", "weights", "preprocessing", "divisor", "features"])
-def test_a_data_set_is_measured_once_for_all_that_its_numbers_depend_on(what, remembered, light, tmp_path,
-                                                                        monkeypatch):
+def test_a_data_set_is_measured_once_for_all_that_its_numbers_depend_on(
+        what, remembered, light, monkeypatch):
     first, seen, files = remembered()
     again, nobody, _ = remembered()
     assert (seen, nobody, len(files), distance(again, first)) == (9, 0, 1, 0)
-    name, options = "inception", {}
+    name = "inception-pytorch-fid" if what == "features" else "inception"
+    options = dict(divisor="N") if what == "divisor" else {}
     if what == "pictures":
-        np.save(tmp_path / "set/images.npy", chw(pictures(9, seed=1)).contiguous())
+        np.save("set/images.npy", chw(pictures(9, seed=1)))
     elif what == "weights":
         torch.save({"w": torch.ones(1)}, light)
     elif what == "preprocessing":
         monkeypatch.setitem(fid.FEATURES, name, ("fid", name, fid.prepare_pytorch_fid, "another way"))
-    elif what == "divisor":
-        options = dict(divisor="N")
-    else:
-        name = "inception-pytorch-fid"
     second, seen, files = remembered(name, **options)
     assert (seen, len(files), remembered(name, **options)[1]) == (9, 2, 0)
     assert what == "weights" or distance(second, first) > 1e-6      # Tiny has always the same weights
@@ -385,10 +378,11 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 @pytest.fixture
-def home(server, tmp_path, monkeypatch):  # noqa: F811
+def home(server, tmp_path, monkeypatch):
     """Two addresses that hold Inception's weights, /1 and /2 of `server`; the path that they will get."""
     server.files = {"/1": BODY, "/2": BODY}
-    monkeypatch.setitem(fid.WEIGHTS, "inception", ("net.pth", SHA256, [server.url + "/1", server.url + "/2"]))
+    addresses = [server.url + "/1", server.url + "/2"]
+    monkeypatch.setitem(fid.WEIGHTS, "inception", ("net.pth", SHA256, addresses))
     return tmp_path / "cache" / "net.pth"
 
 
@@ -396,15 +390,14 @@ def visible(folder):
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def test_weights_are_a_file_a_folder_the_cache_or_a_download_in_this_order(home, server, tmp_path):  # noqa: F811
+def test_weights_are_a_file_a_folder_the_cache_or_a_download_in_this_order(home, server, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     for given in mine, None:                                        # downloaded for the first of them only
         assert fid.find_weights("inception", given) == (home, SHA256) and len(server.log) == 1
-    for path in mine / "net.pth", tmp_path / "other.pth":           # may hold anything
-        path.write_bytes(path.name.encode())
-        for given in {path, mine if path.parent == mine else path}:
-            assert fid.find_weights("inception", given) == (path, data.checksum_of(path))
+    for path, given in (mine / "net.pth", mine), (tmp_path / "other.pth", tmp_path / "other.pth"):
+        path.write_bytes(path.name.encode())                        # it may hold anything
+        assert fid.find_weights("inception", given) == (path, data.checksum_of(path))
     refused(lambda: fid.find_weights("inception", tmp_path / "none"), "--weights", "none", "net.pth")
     home.write_bytes(b"somebody's work")
     refused(lambda: fid.find_weights("inception"), home, "not the published", "--weights")
@@ -414,7 +407,7 @@ def test_weights_are_a_file_a_folder_the_cache_or_a_download_in_this_order(home,
 @pytest.mark.parametrize("what, log", [
     ("slow", [("/1", None)]), ("broken once", [("/1", None), ("/1", "bytes=50000-")]),
     ("wrong", [("/1", None), ("/2", None)]), ("wrong everywhere", None), ("nobody", None)])
-def test_downloads_through_whatever_happens(what, log, home, server, monkeypatch):  # noqa: F811
+def test_downloads_through_whatever_happens(what, log, home, server, monkeypatch):
     server.pause, server.breaks = 0.01 * (what == "slow"), int(what == "broken once")
     if what.startswith("wrong"):
         server.files = {"/1": BODY[::-1], "/2": BODY if log else b""}
@@ -428,12 +421,12 @@ def test_downloads_through_whatever_happens(what, log, home, server, monkeypatch
         assert visible(home.parent) == []
 
 
-def test_two_processes_download_once(home, server, lab):  # noqa: F811
+def test_two_processes_download_once(home, server, lab):
     server.pause = 0.05
     hook = (f"fid.WEIGHTS['inception'] = {fid.WEIGHTS['inception']!r}\n"
             "fid.main = lambda: print(*fid.find_weights('inception'))")
-    both = [lab.start(program="fid.py", hook=hook, ALPHAFLOW_CACHE=str(home.parent), no_proxy="*") for _ in "12"]
-    for process in both:
+    env = dict(ALPHAFLOW_CACHE=str(home.parent), no_proxy="*")
+    for process in [lab.start(program="fid.py", hook=hook, **env) for _ in range(2)]:
         assert lab.finish(process).ok().out.split() == [str(home), SHA256]
     assert len(server.log) == 1 and visible(home.parent) == ["net.pth"]
 
@@ -445,42 +438,38 @@ def test_clip_comes_as_the_torchscript_archive_that_is_published(tmp_path):
             return x
 
     state, root = {k: v.half() for k, v in weights("clip").items()}, Part()
-    for name, tensor in (state | {"ln_final.bias": torch.ones(64), "logit_scale": torch.ones(())}).items():
+    for name, tensor in (state | {"ln_final.bias": torch.ones(64)}).items():
         *way, leaf = name.split(".")
         part = root
         for step in way:
-            part._modules.setdefault(step, Part())
-            part = part._modules[step]
+            part = part._modules.setdefault(step, Part())
         part.register_parameter(leaf, nn.Parameter(tensor))
-    torch.jit.save(torch.jit.trace(root, torch.zeros(1)), tmp_path / "ViT-B-32.pt")
-    clip, u = fid.Extractor("clip", tmp_path), chw(pictures(2, 20, 30))
-    want = fid.build_network("clip", state)(fid.prepare_clip(u))
+    path, u = tmp_path / "ViT-B-32.pt", chw(pictures(2, 20, 30))
+    torch.jit.save(torch.jit.trace(root, torch.zeros(1)), path)
+    clip, want = fid.Extractor("clip", tmp_path), fid.build_network("clip", state)(fid.prepare_clip(u))
     assert torch.equal(clip(u)["features"], want) and clip.protocol["published_weights"] is False
-    refused(lambda: fid.Extractor("dinov2", tmp_path / "ViT-B-32.pt"), "ViT-B-32.pt", "not the weights of")
-    (tmp_path / "text.pth").write_text("not found")
-    refused(lambda: fid.Extractor("inception", tmp_path / "text.pth"), "text.pth")
+    refused(lambda: fid.Extractor("dinov2", path), path, "not the weights of DINOv2")
 
 
-# ------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------ the command line and training
 
 
 def test_inception_itself_from_the_command_line(tmp_path, monkeypatch, capsys):
-    file, array = tmp_path / "r.json", pictures(6, 28, 28, 1)
-    torch.save({k: v for k, v in weights("inception").items() if "_tracked" not in k}, tmp_path / "mine.pth")
+    array, mine = pictures(6, 28, 28, 1), tmp_path / "mine.pth"
+    torch.save({k: v for k, v in weights("inception").items() if "_tracked" not in k}, mine)
     status, out, err = fid_py(
-        monkeypatch, capsys, "--pictures", write("folder", tmp_path / "digits", array), "--ref",
-        write("npz", tmp_path / "x", array), "--weights", tmp_path / "mine.pth", "--json", file,
-        "--save-stats", tmp_path / "s.npz")
-    assert status == 0 and "FID: 0.0000" in out and "10,000" in err and "not the published file" in err, err
-    result, e = json.loads(file.read_text()), fid.Extractor("inception", tmp_path / "mine.pth")
-    values, rows = result["metrics"]["inception"], e(chw(array))
+        monkeypatch, capsys, "--pictures", write("folder", "digits", array), "--weights", mine, "--ref",
+        write("npz", "x", array), "--json", "r.json", "--save-stats", "s.npz")
+    assert status == 0 and "FID: 0.0000" in out and "10,000" in err and "not the published" in err, err
+    result, rows = json.loads(Path("r.json").read_text()), fid.Extractor("inception", mine)(chw(array))
+    values = result["metrics"]["inception"]
     assert max(values["fid"], values["sfid"]) < 1e-6
     assert values["inception_score"] == approx(fid.inception_score(rows["logits"])[0], rel=1e-5)
     assert result["features"]["inception"] == dict(
         features="inception", preprocessing=fid.FEATURES["inception"][3], weights="mine.pth",
-        weights_sha256=data.checksum_of(tmp_path / "mine.pth"), published_weights=False,
+        weights_sha256=data.checksum_of(mine), published_weights=False,
         dtype="float32 network, float64 statistics")
-    with np.load(tmp_path / "s.npz") as stats:
+    with np.load("s.npz") as stats:
         assert {k: stats[k].shape for k in stats if k != "protocol"} == {
             "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
         assert stats["mu"] == approx(rows["features"].double().mean(0).numpy(), rel=1e-4, abs=1e-6)
@@ -492,102 +481,87 @@ def colour(tmp_path):
     torch.manual_seed(0)
     net = model.build("Ti/4", 8, 3, 2)
     raw = {k: v + 0.02 * torch.randn_like(v) for k, v in net.state_dict().items()}
-    real = write("prepared", tmp_path / "real", pictures(40, 8, 8))
+    real = write("prepared", "real", pictures(40, 8, 8))
     config = dict(model=asdict(net.config), recipe=dict(data=real))
     torch.save(dict(format=sample.FORMAT, net=raw, ema={k: 0.9 * v for k, v in raw.items()}, step=7,
                     config=config, data=data.load(real).describe()), tmp_path / "ckpt.pt")
     return tmp_path / "ckpt.pt"
 
 
-def test_two_processes_measure_and_save_what_one_does(colour, lab, tmp_path):  # noqa: F811
+def test_two_processes_measure_and_save_what_one_does(colour, lab, tmp_path):
+    end = dict(program="fid.py", cwd=tmp_path)
     common = ["--features", "pixels", "--device", "cpu", "--json"]
     drawn = ["--ckpt", colour, "--num", 31, "--nfe", 2, *common]
-    alone = lab.start(*drawn, tmp_path / "one.json", program="fid.py")
-    for process in [alone, *lab.start_ranks(*drawn, tmp_path / "two.json", "--save-pictures",
-                                            tmp_path / "drawn", program="fid.py")]:
+    for process in [lab.start(*drawn, "one.json", **end),
+                    *lab.start_ranks(*drawn, "two.json", "--save-pictures", "drawn", **end)]:
         lab.finish(process).ok()
     assert visible(tmp_path / "drawn") == [f"{k:06d}.png" for k in range(31)]
-    lab.run("--pictures", tmp_path / "drawn", "--ref", tmp_path / "real", *common, tmp_path / "again.json",
-            program="fid.py").ok()
-    one, two, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two", "again"))
-    value = one["metrics"]["pixels"]["pixels"]
-    assert value > 1 and two.pop("metrics") == again["metrics"] == approx({"pixels": {"pixels": value}}, rel=1e-9)
-    assert one.pop("metrics") and two == one
+    lab.run("--pictures", "drawn", "--ref", "real", *common, "again.json", **end).ok()
+    one, two, again = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two", "again"))
+    value = one.pop("metrics")["pixels"]["pixels"]
+    for other in two.pop("metrics"), again["metrics"]:
+        assert value > 1 and other["pixels"]["pixels"] == approx(value, rel=1e-9)
+    assert two == one
 
 
-def test_the_protocol_says_how_pictures_were_drawn_and_defaults_are_the_usual_ones(command, colour, tmp_path):
-    first, err = command("--ckpt", colour, "--num", 30)
-    assert first["pictures"] == dict(name="drawn", count=30, shape="3x8x8", checkpoint=str(colour), step=7,
-                                     weights="ema", nfe=1, grid=[1, 0], sampler="ode", labels="data", seed=0)
+def test_the_protocol_tells_how_pictures_were_drawn_and_defaults_are_the_usual_ones(command, colour):
+    thirty = ["--ckpt", colour, "--num", 30]
+    first, err = command(*thirty)
+    assert first["pictures"] == dict(
+        name="drawn", count=30, shape="3x8x8", checkpoint=str(colour), step=7, weights="ema", nfe=1,
+        grid=[1, 0], sampler="ode", labels="data", seed=0)
     assert first["reference"] == dict(name="real", count=40, shape="3x8x8", range=[0, 255])
     assert first["divisor"] == "N-1" and first["metrics"]["inception"].keys() > {"fid", "sfid"}
-    assert "30 pictures: below 10,000" in err and "net.pth is not the published" in err and err.count("\n") == 2
-    assert command("--ckpt", colour, "--num", 30, "--ema", "--batch", 7)[0]["metrics"]["inception"] == approx(
-        first["metrics"]["inception"], rel=1e-9)
+    assert "30 pictures: below 10,000" in err and "net.pth is not the published" in err
+    again, _ = command(*thirty, "--ema", "--batch", 7)
+    assert again["metrics"]["inception"] == approx(first["metrics"]["inception"], rel=1e-9)
     for more in ["--raw"], ["--seed", 1], ["--nfe", 2], ["--labels", "random"], ["--divisor", "N"]:
-        assert command("--ckpt", colour, "--num", 30, *more)[0]["metrics"] != first["metrics"], more
+        assert command(*thirty, *more)[0]["metrics"] != first["metrics"], more
     assert command("--ckpt", colour)[0]["pictures"]["count"] == 40              # as many as are real
-    several = command("--ckpt", colour, "--features", "inception,pixels,dinov2")[0]["metrics"]
+    several = command(*thirty, "--features", "inception,pixels,dinov2")[0]["metrics"]
     assert [min(values) for values in several.values()] == ["fid", "pixels", "fdd"]
     save("grey.pt")
     found, err = command("--ckpt", "grey.pt", "--num", 70)                      # small and grey
     assert list(found["metrics"]) == ["pixels"] and found["pictures"]["labels"] == "data" and not err
     save("grey.pt", label_counts=[])                                            # classes are not known
-    ref = write("npz", tmp_path / "ref", pictures(70, 8, 8, 1))
-    assert command("--ckpt", "grey.pt", "--ref", ref)[0]["pictures"]["labels"] == "random"
+    found, _ = command("--ckpt", "grey.pt", "--ref", write("npz", "ref", pictures(70, 8, 8, 1)))
+    assert found["pictures"]["labels"] == "random"
 
 
-@pytest.mark.parametrize("words, said", [
-    ("--ref NPZ --size 8", "--size"), ("--ref NPZ --nfe 2", "--nfe"), ("--ref NPZ --raw", "--raw"),
-    ("--ref NPZ --labels data", "--labels"), ("--ref NPZ --num 1", "--num 1"), ("--ref NPZ --num 13", "has 9"),
-    ("--ref SMALL --features pixels", "3x9x7, the reference 3x8x8"), ("--features pixels", "--ref"),
-    ("--features pixels,inception --save-stats s.npz", "--save-stats"), ("--ref nowhere", "nowhere"),
-    ("--ref NPZ --save-pictures x/", "--ckpt"), ("--ref NPZ --save-stats no/s.npz", "--save-stats no/s.npz"),
-    ("--ref BIG --features pixels", "3072"), ("--ckpt CKPT", "--ckpt"), ("--ref NPZ --divisor 2", "--divisor"),
-    ("CKPT --labels data --ref digits", "--labels data"), ("CKPT --save-pictures FULL", "not empty")])
-def test_a_wrong_command_gets_one_line(words, said, colour, light, tmp_path, monkeypatch, capsys):
-    known = {"CKPT": colour, "FULL": tmp_path / "real", "NPZ": write("npz", tmp_path / "x", pictures(9)),
-             "SMALL": write("npz", tmp_path / "small", pictures(9, 8, 8)),
-             "BIG": write("npz", tmp_path / "big", pictures(2, 64, 64))}
-    what = "--ckpt" if words.startswith("CKPT") else f"--pictures {'BIG' if 'BIG' in words else 'NPZ'}"
-    monkeypatch.chdir(tmp_path)
-    status, out, err = fid_py(monkeypatch, capsys, *(known.get(word, word) for word in f"{what} {words}".split()),
-                              "--weights", light)
+@pytest.mark.parametrize("words, said", [                   # more of them in test_cli.py
+    ("--pictures x.npz --ref x.npz --raw", "--raw"), ("--pictures x.npz --ref x.npz --num 1", "--num 1"),
+    ("--pictures x.npz --ref x.npz --labels data", "--labels"), ("--pictures x.npz --ref no", "no"),
+    ("--pictures x.npz --ref y.npz --features pixels", "3x9x7, the reference 3x70x8"),
+    ("--pictures z.npz --ref z.npz --features pixels", "3072"),
+    ("--ckpt ckpt.pt --labels data --ref digits", "--labels data")])
+def test_a_wrong_command_gets_one_line(words, said, colour, light, monkeypatch, capsys):
+    for name, shape in dict(x=(9, 9, 7), y=(9, 70, 8), z=(9, 64, 64)).items():
+        write("npz", name, pictures(*shape))
+    status, out, err = fid_py(monkeypatch, capsys, *words.split(), "--weights", light)
     assert (status, out) == (2, "") and err.count("\n") == 1 and "error:" in err and said in err, err
 
-
-# ------------------------------------------------------------------ while training
 
 SIX = ["--data", "digits", "--model", "Ti/8", "--batch", 8, "--steps", 6, "--lr", "1e-3", "--warmup", 2,
        "--device", "cpu", "--log-every", 1, "--preview-every", 6, "--save-every", 3]
 EVAL = [*SIX, "--eval-every", 3, "--eval-num", 70]
 
 
-def test_training_logs_what_fid_py_prints_and_is_not_changed_by_it(lab, tmp_path):  # noqa: F811
-    for process in [*lab.start_ranks(*EVAL, "--out", tmp_path / "two"), *[
-            lab.start(*words, "--out", tmp_path / name, hook=KEEP)
-            for name, words in (("one", EVAL), ("plain", SIX))]]:
+def test_training_logs_what_fid_py_prints_and_is_not_changed_by_it(lab, tmp_path):
+    runs = [lab.start(*words, "--out", tmp_path / name, hook=test_train.KEEP)
+            for name, words in (("one", EVAL), ("plain", SIX))]
+    for process in [*lab.start_ranks(*EVAL, "--out", tmp_path / "two"), *runs]:
         lab.finish(process).ok()
-    log = tmp_path / "one/log.jsonl"
-    rows = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    rows = [[json.loads(line) for line in Path(name, "log.jsonl").read_text().splitlines()]
             for name in ("one", "two")]
     one, two = ([row for row in side if "loss" not in row] for side in rows)
-    assert [row["step"] for row in one] == [2, 5] and (tmp_path / "one/curve.png").exists()
-    assert len({value for row in one for value in row.values()}) == 6
+    assert [row["step"] for row in one] == [2, 5] and Path("one/curve.png").exists()
+    assert len({value for row in one for value in row.values()}) == 6 == 2 * len(two[0])
     assert two == [approx(row, rel=1e-4) for row in one]
-    asked = {(row["step"] + 1, nfe): tmp_path / f"{row['step']}{nfe}.json" for row in one for nfe in (1, 2)}
-    for process in [lab.start("--ckpt", tmp_path / f"one/step{done}.pt", "--nfe", nfe, "--num", 70, "--json",
-                              file, program="fid.py") for (done, nfe), file in asked.items()]:
-        lab.finish(process).ok()
-    found = {key: json.loads(file.read_text())["metrics"]["pixels"]["pixels"] for key, file in asked.items()}
-    for row in one:                                                             # the log keeps six digits
-        assert row == approx({"step": row["step"], "pixels_1nfe": found[row["step"] + 1, 1],
-                              "pixels_2nfe": found[row["step"] + 1, 2]}, rel=1e-5)
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows[0] if "loss" in row))
-    assert_same_run(tmp_path / "one", tmp_path / "plain")
-
-
-@pytest.mark.parametrize("words", [("--eval-features", "vgg"), ("--eval-every", 0), ("--eval-num", 1)])
-def test_what_cannot_be_measured_is_said_before_the_first_step(words, lab, tmp_path):  # noqa: F811
-    lab.run(*EVAL, *words, "--out", tmp_path / "run").one_line("vgg" if words[1] == "vgg" else words[0])
-    assert not (tmp_path / "run/log.jsonl").exists() or not (tmp_path / "run/log.jsonl").read_text()
+    for row in one:
+        for nfe in 1, 2:
+            lab.run("--ckpt", f"one/step{row['step'] + 1}.pt", "--nfe", nfe, "--num", 70, "--json", "r.json",
+                    program="fid.py", cwd=tmp_path).ok()
+            found = json.loads(Path("r.json").read_text())["metrics"]["pixels"]["pixels"]
+            assert row[f"pixels_{nfe}nfe"] == approx(found, rel=1e-5)           # the log keeps six digits
+    Path("one/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[0] if "loss" in row))
+    test_train.assert_same_run(Path("one"), Path("plain"))
