@@ -886,7 +886,7 @@ def without_colour(pictures):
     def one_channel(indices):
         u = pictures.read(indices)
         if (u != u[:, :1]).any():
-            raise UserError(f"{pictures.name} holds grey and coloured pictures, and the reference is grey")
+            raise UserError(f"{pictures.name} holds grey and coloured pictures, the other side grey ones")
         return u[:, :1]
 
     first = pictures.read(range(min(16, pictures.count)))
@@ -992,10 +992,13 @@ def read_stats(path):
         with np.load(path, allow_pickle=False) as file:
             ref = "ref_" if "ref_mu" in file else ""
             names = {"features": (ref + "mu", ref + "sigma"), "spatial": ("mu_s", "sigma_s")}
-            gaussians = {part: (file[mu], file[sigma]) for part, (mu, sigma) in names.items() if mu in file}
-            if "features" not in gaussians:
-                return None
-            return Measured(gaussians), json.loads(str(file["protocol"])) if "protocol" in file else {}
+            gaussians = {part: (file[mu].astype(np.float64), file[sigma].astype(np.float64))
+                         for part, (mu, sigma) in names.items() if mu in file}
+            protocol = dict(json.loads(str(file["protocol"]))) if "protocol" in file else {}
+        for mu, sigma in gaussians.values():
+            if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not np.isfinite(sigma.sum() + mu.sum()):
+                raise ValueError(f"mean {mu.shape} and covariance {sigma.shape} do not fit or are not finite")
+        return (Measured(gaussians), protocol) if "features" in gaussians else None
     except Exception as error:              # as above
         raise UserError(f"{path} cannot be read as statistics: {' '.join(str(error).split())}") from None
 
@@ -1011,12 +1014,16 @@ def measure_reference(pictures, extractors, divisor="N-1", keep=False, rank=0, *
         about = {"pictures": data.checksum_of(pictures.file), "count": pictures.count, "divisor": divisor,
                  **pictures.protocol}
         for e in networks:
-            protocol = about | e.protocol
+            protocol = about | {key: value for key, value in e.protocol.items() if key != "weights"}
             key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
             files[e.name] = path, _ = Path(pictures.file).parent / f"fid-{e.name}-{key}.npz", protocol
             if path.is_file() and not keep:
                 with contextlib.suppress(UserError):                # a damaged one is made again
                     found[e.name] = read_stats(path)[0]
+        # Disks may differ. What one process has to measure, all must: measure() waits for everybody.
+        here = torch.tensor([float(e.name in found) for e in networks])
+        everywhere = torch.stack(all_ranks(here)).amin(0).tolist()
+        found = {e.name: found[e.name] for e, known in zip(networks, everywhere) if known}
     missing = [e for e in extractors if e.name not in found]
     if missing:
         found |= measure(pictures, missing, divisor=divisor, keep=keep, rank=rank, what="reference",
@@ -1059,8 +1066,8 @@ def flags():
     times = group.add_mutually_exclusive_group()
     times.add_argument("--nfe", type=int, help="network evaluations, equally spaced (default: 1)")
     times.add_argument("--grid", metavar="T,T,...", help="the times themselves, e.g. 1,0.55,0")
-    group.add_argument("--sampler", choices=["ode", "consistency"], default="ode",
-                       help="how to get from one time to the next")
+    group.add_argument("--sampler", choices=["ode", "consistency"],
+                       help="how to get from one time to the next (default: ode)")
     group.add_argument("--num", type=int,
                        help="pictures (default: as many as there are in --pictures or --ref; drawn ones "
                        "50,000 at most)")
@@ -1093,7 +1100,7 @@ def drawn(path, args, device, num, label_counts=None):
                         "give balanced or random")
     nfe = 1 if args.nfe is None else args.nfe           # a default would hide "--nfe 1 --grid ..."
     grid = sample.uniform_grid(nfe) if args.grid is None else sample.check_grid(args.grid.split(","))
-    pictures = from_network(net, decode, num, labels, grid, args.sampler, args.seed, counts)
+    pictures = from_network(net, decode, num, labels, grid, args.sampler or "ode", args.seed, counts)
     about = {"checkpoint": str(path), "step": ckpt.get("step"), "weights": weights}
     return dataclasses.replace(pictures, protocol=about | pictures.protocol)
 
@@ -1123,8 +1130,9 @@ def is_checkpoint(name):
 def open_sides(args, device):
     """(Pictures that are judged, real Pictures or None, what read_stats finds in the reference or None)."""
     ref, real, stats = args.ref, None, None
-    if not (args.ckpt or is_checkpoint(ref)) and (args.nfe or args.grid or args.labels or args.raw):
-        raise UserError("--nfe, --grid, --labels and --raw say how a checkpoint draws, and there is none here")
+    how = (args.nfe, args.grid, args.labels, args.sampler, args.raw or None)
+    if not (args.ckpt or is_checkpoint(ref)) and how != (None,) * 5:
+        raise UserError("--nfe, --grid, --labels, --sampler and --raw are for checkpoints, and none is here")
     if is_checkpoint(ref):
         real = drawn(ref, args, device, args.num or 50_000)
     elif ref and Path(ref).is_file():
@@ -1137,28 +1145,33 @@ def open_sides(args, device):
         real = training_data(args.ckpt)
     if args.ckpt:
         num = args.num or min(50_000, real.count if real and not stats else 50_000)
-        return drawn(args.ckpt, args, device, num, real and real.label_counts), real, stats
-    made = open_pictures(args.pictures, args.size)
-    if args.num and args.num > made.count:
-        raise UserError(f"--num {args.num}: {made.name} has {made.count} pictures")
-    made = without_colour(made) if real and real.shape[0] == 1 else made
-    return dataclasses.replace(made, count=args.num or made.count), real, stats
+        made = drawn(args.ckpt, args, device, num, real and real.label_counts)
+    else:
+        made = open_pictures(args.pictures, args.size)
+        if args.num and args.num > made.count:
+            raise UserError(f"--num {args.num}: {made.name} has {made.count} pictures")
+        made = dataclasses.replace(made, count=args.num or made.count)
+    if real and real.shape[0] != made.shape[0]:
+        made, real = without_colour(made), without_colour(real)
+    if args.size and not any("resized" in side.protocol for side in (made, real) if side):
+        raise UserError("--size crops and resizes pictures in folders, and there is none here")
+    return made, real, stats
 
 
 def check_sides(args, made, real, stats, extractors):
     """UserError, before the work starts, if the two sides cannot be compared."""
     for e in extractors:
-        dim = e.dims(made.shape)["features"]
-        if stats and len(stats[0].gaussians["features"][0]) != dim:
-            raise UserError(f"--ref {args.ref} has {len(stats[0].gaussians['features'][0])} dimensions, "
-                            f"{e.name} {dim}: they are statistics of other features")
-        for key, ours in e.protocol.items() if stats else ():       # only our own files say what they hold
-            if (theirs := stats[1].get(key, ours)) != ours:
+        dims = e.dims(made.shape)
+        for part, (mu, _) in stats[0].gaussians.items() if stats else ():
+            if len(mu) != dims.get(part, len(mu)):
+                raise UserError(f"--ref {args.ref} has {len(mu)} dimensions, {e.name} {dims[part]}: they are "
+                                "statistics of other features")
+        for key, ours in (e.protocol | {"divisor": args.divisor}).items() if stats else ():
+            theirs = stats[1].get(key, ours)                        # only our own files say what they hold
+            if key != "weights" and theirs != ours:                 # a name; the hash counts
                 raise UserError(f"--ref {args.ref}: its {key} is {theirs}, here it is {ours}")
-        if real and e.dims(real.shape)["features"] != dim:
+        if real and e.dims(real.shape) != dims:
             raise UserError(f"the pictures are {made.size}, the reference {real.size}: choose another --ref")
-    if args.size and not any("resized" in side.protocol for side in (made, real) if side):
-        raise UserError("--size crops and resizes pictures in folders, and there is none here")
     if not (real or stats or args.save_stats or any(e.network == "inception" for e in extractors)):
         raise UserError("nothing to compare with: give --ref, or --save-stats FILE.npz")
 
@@ -1184,7 +1197,8 @@ def describe(args, made, real, stats, extractors, metrics):
               "pictures": {"name": made.name, "count": made.count, "shape": made.size, **made.protocol},
               "features": {e.name: e.protocol for e in extractors}}
     if stats:
-        result["reference"] = {"name": args.ref, "statistics_sha256": data.checksum_of(args.ref), **stats[1]}
+        result["reference"] = {**stats[1], "name": args.ref, "statistics_sha256": data.checksum_of(args.ref),
+                               "pictures_for_kid_and_neighbours": real and real.count}
     elif real:
         result["reference"] = {"name": real.name, "count": real.count, "shape": real.size, **real.protocol}
     if any("inception_score" in values for values in metrics.values()):
@@ -1252,6 +1266,8 @@ def main():
     made, real, stats = open_sides(args, device)
     tiny = made.shape[0] == 1 and math.prod(made.shape) <= 1024
     names = (args.features or ("pixels" if tiny else "inception")).split(",")
+    if unknown := [name for name in names if name not in FEATURES]:
+        raise UserError(f"--features {unknown[0]}: give some of {', '.join(FEATURES)}")
     extractors = [Extractor(name, args.weights, device) for name in dict.fromkeys(names)]
     check_sides(args, made, real, stats, extractors)
     if args.save_pictures:

@@ -371,6 +371,30 @@ def test_rows_are_not_kept_a_damaged_file_is_made_again_and_a_full_disk_costs_on
     assert distance(again, first) == 0 and not files and err.count("\n") == 1 and "No space" in err
 
 
+def one_disk():
+    """What a process of the next test does: measure its own copy of a data set, twice."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    fid.build_network = lambda kind, state: Tiny()
+    torch.distributed.init_process_group("gloo")
+    e, options = Light("inception", sys.argv[1]), dict(rank=rank, world=world)
+    real = fid.open_pictures(f"disk{rank}")
+    found = [asdict(fid.measure_reference(real, [e], **options)["inception"]) for _ in range(2)]
+    torch.save((found, e.seen), f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_what_one_disk_remembers_and_another_does_not_is_measured_by_all(lab, light, tmp_path):
+    for rank in 0, 1:                                   # only rank 0 writes, so only its disk remembers
+        write("prepared", f"disk{rank}", pictures(9))
+    hook = f"sys.path.insert(0, {str(HERE)!r})\nimport test_measure\nfid.main = test_measure.one_disk"
+    for rank in lab.start_ranks(light, program="fid.py", hook=hook, cwd=tmp_path):
+        lab.finish(rank).ok()
+    both = [torch.load(f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert [seen for _, seen in both] == [10, 8]        # twice 5 of 9 pictures, twice 4
+    first, *rest = [fid.Measured(**m) for found, _ in both for m in found]
+    assert all(distance(m, first) == 0 for m in rest)
+
+
 # ------------------------------------------------------------------ weights
 
 BODY = np.random.default_rng(0).bytes(100_000)      # stands for a published file
