@@ -17,6 +17,7 @@ batch by batch, the three networks, pictures from anywhere, references, the comm
 """
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 import data
 import sample
-from data import UserError
+from data import UserError, cache_folder
 
 # ------------------------------------------------------------------ distances between two sets of rows
 
@@ -74,6 +75,8 @@ def _gaussian(mu, cov, which):
     if abs(cov - cov.T).max() > 1e-5 * abs(cov).max():         # eigh reads one half and never tells
         raise ValueError(f"the {which} covariance is not symmetric")
     w, v = np.linalg.eigh(cov)                                                            # (d,), (d, d)
+    if w[0] < -1e-5 * abs(w).max():                             # more than rounding, even in float32
+        raise ValueError(f"the {which} covariance has negative eigenvalues, so it is none")
     # Eigenvalues that ought to be 0 come out as ± rounding errors, and the root makes 1e-8 of 1e-16.
     # With fewer pictures than features there are many of those, and their sum would show.
     large = w >= d * 2.2e-16 * w.max()
@@ -97,6 +100,7 @@ def kernel_distance(x, y, subsets=100, size=1000, seed=0):
         raise ValueError("KID needs two sets of 2 or more rows of one width, got "
                          f"{tuple(x.shape)} and {tuple(y.shape)}")
     draw, values = data.generator(seed, m), []
+    subsets = 1 if m == len(x) == len(y) else subsets           # each would be everything
 
     def some(rows):
         return rows[torch.randperm(len(rows), generator=draw)[:m].to(rows.device)].double()          # (m, d)
@@ -127,33 +131,34 @@ def neighbour_metrics(real, made, k=3, k_density=5):
                          f"{tuple(real.shape)} and {tuple(made.shape)}")
     centre = real.double().mean(0)                    # far from 0, |a|² + |b|² - 2·a·b would cancel
     real, made = real.double() - centre, made.double() - centre
-    ball = _radii(real, k), _radii(made, k), _radii(real, k_density)                      # (N,), (M,), (N,)
+    (around_real, wide), (around_made,) = _radii(real, k, k_density), _radii(made, k)     # (N,), (N,), (M,)
     precise = torch.zeros(len(made), dtype=torch.bool, device=made.device)
     recalled = inside = covered = 0
     for rows, d2 in _squared_distances(real, made):                                       # d2 (rows, M)
-        precise |= (d2 <= ball[0][rows, None]).any(0)
-        recalled += (d2 <= ball[1]).any(1).sum().item()
-        dense = d2 < ball[2][rows, None]              # < as published: density 1 for identical sets
+        precise |= (d2 <= around_real[rows, None]).any(0)
+        recalled += (d2 <= around_made).any(1).sum().item()
+        dense = d2 < wide[rows, None]              # < as published: density 1 for identical sets
         inside += dense.sum().item()
         covered += dense.any(1).sum().item()
     return {"precision": precise.double().mean().item(), "recall": recalled / len(real),
             "density": inside / (k_density * len(made)), "coverage": covered / len(real)}
 
 
-def _radii(x, k):
-    """Squared distance of each row to its k-th neighbour, (N,)."""
+def _radii(x, *ks):
+    """For each k the squared distances of all rows to their k-th neighbours, (N,)."""
     # The row itself is the nearest, at distance 0: hence k + 1.
-    return torch.cat([d2.topk(k + 1, largest=False).values[:, k] for _, d2 in _squared_distances(x, x)])
+    near = [d2.topk(max(ks) + 1, largest=False).values for _, d2 in _squared_distances(x, x)]
+    return torch.cat(near)[:, ks].unbind(1)
 
 
 def _squared_distances(x, y, cells=2**25):
     """Yield (slice of rows of x, their squared distances to all of y), `cells` numbers at a time."""
     x2, y2 = (x * x).sum(1), (y * y).sum(1)
-    equal = 1e-12 * (x2.max() + y2.max())             # what rounding leaves between equal rows
     step = max(1, cells // len(y))
     for i in range(0, len(x), step):
-        d2 = torch.addmm(y2, x[i:i + step], y.T, alpha=-2).add_(x2[i:i + step, None])     # (rows, M)
-        yield slice(i, i + step), d2.masked_fill_(d2 < equal, 0)
+        own = x2[i:i + step, None]                                                        # (rows, 1)
+        d2 = torch.addmm(y2, x[i:i + step], y.T, alpha=-2).add_(own)                      # (rows, M)
+        yield slice(i, i + step), d2.masked_fill_(d2 < 1e-12 * own, 0)      # rounding left it of equal rows
 
 
 def inception_score(logits, splits=10, order="shuffled"):
@@ -196,6 +201,16 @@ def all_ranks(tensor):
     all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(all_of_them, mine)
     return [one.to(tensor.device) for one in all_of_them]
+
+
+def rank_zero(tensor):
+    """The tensors of all ranks, on rank 0 alone; None elsewhere. All must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [tensor]
+    mine = tensor.contiguous().to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(mine, parts)
+    return parts
 
 
 class RunningStats:
@@ -405,6 +420,17 @@ class Inception(nn.Module):
 # ------------------------------------------------------------------ DINOv2 and CLIP
 
 
+class Scale(nn.Module):
+    """x·γ, a number a channel: DINOv2's LayerScale."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return self.gamma * x
+
+
 class Block(nn.Module):
     """Attention and MLP, each on what the norm makes of x and added to x, (n, T, dim) -> (n, T, dim)."""
 
@@ -414,18 +440,18 @@ class Block(nn.Module):
         self.heads, self.clip = heads, clip
         self.norm1 = nn.LayerNorm(dim, eps)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
-        self.ls1 = dict(gamma=1) if clip else nn.ParameterDict(dict(gamma=torch.ones(dim)))
+        self.ls1 = nn.Identity() if clip else Scale(dim)
         self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
-        self.ls2 = dict(gamma=1) if clip else nn.ParameterDict(dict(gamma=torch.ones(dim)))
+        self.ls2 = nn.Identity() if clip else Scale(dim)
 
     def forward(self, x):
         qkv = self.attn.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))            # (n, T, 3, h, d)
         y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))                   # (n, h, T, d)
-        x = x + self.ls1["gamma"] * self.attn.proj(y.transpose(1, 2).flatten(2))
+        x = x + self.ls1(self.attn.proj(y.transpose(1, 2).flatten(2)))
         y = self.mlp.fc1(self.norm2(x))                                                   # (n, T, 4·dim)
         y = y * torch.sigmoid(1.702 * y) if self.clip else F.gelu(y)                    # exact, not tanh
-        return x + self.ls2["gamma"] * self.mlp.fc2(y)
+        return x + self.ls2(self.mlp.fc2(y))
 
 
 class ViT(nn.Module):
@@ -439,7 +465,8 @@ class ViT(nn.Module):
 
     def __init__(self, dim, depth, heads, patch, grid, out=None):
         super().__init__()
-        clip, ones = out is not None, () if out else (1,)                 # CLIP's have no batch axis
+        clip = out is not None
+        ones = () if clip else (1,)                                       # CLIP's have no batch axis
         self.patch, self.grid, self.clip, self.dim = patch, grid, clip, out or dim
         self.cls_token = nn.Parameter(torch.zeros(*ones, *ones, dim))
         self.pos_embed = nn.Parameter(torch.zeros(*ones, 1 + grid ** 2, dim))
@@ -524,7 +551,6 @@ def build_network(kind, state, heads=None, dtype=torch.float32):
     weights = {k: state[published(k)].detach().to(dtype) for k in ours}
     counters = {k: torch.tensor(0) for k in net.state_dict() if k.endswith("_tracked")}
     net.load_state_dict(weights | counters, assign=True)
-    net.to(memory_format=torch.channels_last)                             # a third less time on CPUs
     return net.requires_grad_(False).eval()
 
 
@@ -677,12 +703,6 @@ WEIGHTS = {     # network: file, its sha256, where it is published
 }
 
 
-def cache_folder():
-    """Where downloaded networks are kept: $ALPHAFLOW_CACHE, else alphaflow/ in the user's cache folder."""
-    given = os.environ.get("ALPHAFLOW_CACHE")
-    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaflow")
-
-
 def find_weights(network, given=None):
     """(path, sha256) of a network's weights: `given` (a file, or a folder that holds it), cache, download.
 
@@ -717,7 +737,7 @@ class Extractor:
         if name not in FEATURES:
             raise UserError(f"unknown features {name!r}: give some of {', '.join(FEATURES)}")
         self.name, self.device, self.net = name, torch.device(device), None
-        self.stats_device = "cuda" if self.device.type == "cuda" else "cpu"         # mps has no float64
+        self.stats_device = torch.device("cpu") if self.device.type == "mps" else self.device   # no float64
         self.metric, self.network, self.prepare, how = FEATURES[name]
         self.protocol = {"features": name, "preprocessing": how}
         if self.network:
@@ -726,6 +746,8 @@ class Extractor:
                 self.net = build_network(self.network, sample.read_tensors(path)).to(self.device)
             except ValueError as error:
                 raise UserError(f"{path}: {error}") from None
+            if self.device.type == "cpu":
+                self.net.to(memory_format=torch.channels_last)      # a third less time there
             published = sha256 == WEIGHTS[self.network][1]
             self.protocol |= {"weights": path.name, "weights_sha256": sha256, "published_weights": published}
         self.protocol["dtype"] = "float32 network, float64 statistics" if self.net else "float64"
@@ -848,13 +870,14 @@ def from_npz(path):
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0,
                        (2, 0): np.lib.format.read_array_header_2_0}[version]
-        (N, H, W, C), by_columns, dtype = read_header(file)
+        shape, by_columns, dtype = read_header(file)
+        N, H, W, C = shape if len(shape) == 4 else [*shape, 0, 0, 0, 0][:4]
     except Exception as error:              # a damaged archive raises nearly anything, too
         raise UserError(f"{path} holds no readable arr_0 of pictures (N, H, W, C): "
                         f"{' '.join(str(error).split()) or type(error).__name__}") from None
     if by_columns or dtype != np.uint8 or C not in (1, 3):
         raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, C) with C 1 or 3 and in C order, it is "
-                        f"{dtype} {(N, H, W, C)}{', in Fortran order' if by_columns else ''}")
+                        f"{dtype} {shape}{', in Fortran order' if by_columns else ''}")
     start, size = file.tell(), H * W * C
 
     def read(indices):
@@ -877,12 +900,29 @@ def open_pictures(name, size=None):
     path = Path(name)
     if path.is_file() and path.suffix == ".npz":
         return from_npz(path)
-    prepared = any((place / "meta.json").is_file() for place in (path, Path("data") / name))
-    return from_folder(path, size) if path.is_dir() and not prepared else from_dataset(data.load(name))
+    if path.is_file() or path.suffix in (".npz", ".pt", ".pth"):
+        raise UserError(f"{name} is {'a file' if path.is_file() else 'not there'}: pictures come from a "
+                        "folder, an .npz with arr_0, or a data set; a checkpoint draws them with --ckpt")
+    known = name == "digits" or any((p / "meta.json").is_file() for p in (path, Path("data") / name))
+    return from_folder(path, size) if path.is_dir() and not known else from_dataset(data.load(name))
+
+
+def evenly(pictures, num):
+    """`num` of `pictures`, evenly spaced: the first ones could be all of one class."""
+    if num is None or num == pictures.count:
+        return pictures
+    if num > pictures.count:
+        raise UserError(f"--num {num}: {pictures.name} has {pictures.count} pictures")
+    some = {"chosen": f"{num} of {pictures.count}, evenly spaced"}
+    return dataclasses.replace(pictures, count=num, protocol=pictures.protocol | some,
+                               read=lambda rows: pictures.read([k * pictures.count // num for k in rows]))
 
 
 def without_colour(pictures):
     """`pictures` with one channel if they look grey: those of folders are RGB whatever the files hold."""
+    if pictures.shape[0] == 1:
+        return pictures
+
     def one_channel(indices):
         u = pictures.read(indices)
         if (u != u[:, :1]).any():
@@ -906,46 +946,58 @@ class Measured:
     rows: torch.Tensor | None = None        # features (N, dim) float32, if they were kept
 
 
+class Collected:
+    """What one Extractor has found so far, in one of several processes."""
+
+    def __init__(self, extractor, pictures, keep, world):
+        self.extractor, self.N, dims = extractor, pictures.count, extractor.dims(pictures.shape)
+        self.stats = {part: RunningStats(dim, extractor.stats_device) for part, dim in dims.items()}
+        self.score = RunningScore(min(10, self.N)) if extractor.network == "inception" else None
+        self.rows = torch.zeros(-(-self.N // world), dims["features"]) if keep else None
+
+    def add(self, pictures, split, here):
+        """Pictures uint8 (b, C, H, W) of the splits (b,), the rows `here` of this process."""
+        found = self.extractor(pictures)                                                  # {part: (b, dim)}
+        for part, stats in self.stats.items():
+            stats.update(found[part])
+        if self.score:
+            self.score.update(found["logits"], split)
+        if self.rows is not None:
+            self.rows[here] = found["features"]
+
+    def measured(self, ddof):
+        """Measured of the pictures of all processes; the rows on rank 0 alone."""
+        stats = {part: stats.all_merge() for part, stats in self.stats.items()}
+        score = self.score.all_merge().value() if self.score else None
+        parts = None if self.rows is None else rank_zero(self.rows)
+        # picture k is row k // world of process k % world
+        rows = None if parts is None else torch.stack(parts, 1).flatten(0, 1)[:self.N]
+        return Measured({part: (s.mean, s.cov(ddof)) for part, s in stats.items()}, score, rows)
+
+
 def measure(pictures, extractors, batch=64, divisor="N-1", keep=False, rank=0, world=1, what="pictures"):
     """{name of extractor: Measured}; each picture is looked at once and let go.
 
     Process `rank` of `world` looks at every world-th picture; all get the result of all. divisor: of the
-    covariances, "N-1" or "N". keep: also the rows themselves, for KID and neighbours. what: for the bar.
-    ValueError for fewer than 2 pictures.
+    covariances, "N-1" or "N". keep: also the rows themselves, for KID and neighbours, on rank 0. what: for
+    the bar. ValueError for fewer than 2 pictures.
     """
     N, mine = pictures.count, range(rank, pictures.count, world)
     if N < 2:
         raise ValueError(f"{pictures.name}: a covariance needs at least 2 pictures, not {N}")
-    dims = {e: e.dims(pictures.shape) for e in extractors}
-    stats = {e: {part: RunningStats(dim, e.stats_device) for part, dim in dims[e].items()} for e in dims}
-    score = {e: RunningScore(min(10, N)) for e in dims if e.network == "inception"}
-    rows = {e: torch.zeros(-(-N // world), dims[e]["features"]) for e in dims if keep}
+    collected = [Collected(e, pictures, keep, world) for e in extractors]
     split, done = split_numbers(N), 0
     batches = (pictures.read(mine[i:i + batch]) for i in range(0, len(mine), batch))
-    if any(e.stats_device == "cuda" for e in extractors):
-        batches = (u.pin_memory() for u in batches)         # copied while the network computes
+    if any(e.device.type == "cuda" for e in extractors):
+        batches = (u.pin_memory() for u in batches)
     with tqdm(total=len(mine), desc=what, unit="img", disable=True if rank else None, leave=False) as bar:
         for u in data.prefetch(batches) if pictures.ahead else batches:                   # (b, C, H, W)
             here = slice(done, done + len(u))
-            for e in extractors:
-                found = e(u)                                                              # {part: (b, dim)}
-                for part, running in stats[e].items():
-                    running.update(found[part])
-                if e in score:
-                    score[e].update(found["logits"], split[list(mine[here])])
-                if keep:
-                    rows[e][here] = found["features"]
+            for one in collected:
+                one.add(u, split[list(mine[here])], here)
             done += len(u)
             bar.update(len(u))
-    result, ddof = {}, {"N-1": 1, "N": 0}[divisor]
-    for e in extractors:
-        together = {part: running.all_merge() for part, running in stats[e].items()}
-        result[e.name] = Measured(
-            {part: (running.mean, running.cov(ddof)) for part, running in together.items()},
-            score[e].all_merge().value() if e in score else None,
-            # picture k is row k // world of process k % world
-            torch.stack(all_ranks(rows[e]), 1).flatten(0, 1)[:N] if keep else None)
-    return result
+    return {one.extractor.name: one.measured({"N-1": 1, "N": 0}[divisor]) for one in collected}
 
 
 def compare(extractor, made, real=None, kid=False, prdc=False):
@@ -972,7 +1024,10 @@ def compare(extractor, made, real=None, kid=False, prdc=False):
 
 
 def save_stats(path, measured, protocol):
-    """Write mu and sigma (of Inception also mu_s, sigma_s) as pytorch-fid and ADM's tools read them."""
+    """Write mu and sigma (of Inception also mu_s, sigma_s) under the names of pytorch-fid and ADM.
+
+    pytorch-fid reads it as it is; ADM's evaluator asks for pictures in `arr_0` as well.
+    """
     arrays = {"protocol": np.array(json.dumps(protocol))}
     for part, suffix in (("features", ""), ("spatial", "_s")):
         if part in measured.gaussians:
@@ -992,12 +1047,17 @@ def read_stats(path):
         with np.load(path, allow_pickle=False) as file:
             ref = "ref_" if "ref_mu" in file else ""
             names = {"features": (ref + "mu", ref + "sigma"), "spatial": ("mu_s", "sigma_s")}
-            gaussians = {part: (file[mu].astype(np.float64), file[sigma].astype(np.float64))
+            gaussians = {part: (file[mu].astype(np.float64, casting="safe"),
+                                file[sigma].astype(np.float64, casting="safe"))
                          for part, (mu, sigma) in names.items() if mu in file}
-            protocol = dict(json.loads(str(file["protocol"]))) if "protocol" in file else {}
+            protocol = json.loads(str(file["protocol"])) if "protocol" in file else {}
+        if not isinstance(protocol, dict):
+            raise ValueError("its protocol is no object")
         for mu, sigma in gaussians.values():
             if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not np.isfinite(sigma.sum() + mu.sum()):
                 raise ValueError(f"mean {mu.shape} and covariance {sigma.shape} do not fit or are not finite")
+            if abs(sigma - sigma.T).max() > 1e-5 * abs(sigma).max() or sigma.diagonal().min() < 0:
+                raise ValueError("its covariance is none: not symmetric, or with a negative variance")
         return (Measured(gaussians), protocol) if "features" in gaussians else None
     except Exception as error:              # as above
         raise UserError(f"{path} cannot be read as statistics: {' '.join(str(error).split())}") from None
@@ -1018,7 +1078,7 @@ def measure_reference(pictures, extractors, divisor="N-1", keep=False, rank=0, *
             key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
             files[e.name] = path, _ = Path(pictures.file).parent / f"fid-{e.name}-{key}.npz", protocol
             if path.is_file() and not keep:
-                with contextlib.suppress(UserError):                # a damaged one is made again
+                with contextlib.suppress(UserError, TypeError):     # a damaged or hollow one is made again
                     found[e.name] = read_stats(path)[0]
         # Disks may differ. What one process has to measure, all must: measure() waits for everybody.
         here = torch.tensor([float(e.name in found) for e in networks])
@@ -1048,7 +1108,8 @@ def flags():
                       help="pictures that are there: a folder, arr_0 of an .npz, or a prepared data set")
     group.add_argument("--ref", metavar="DIR|NPZ|NAME|CKPT",
                        help="real pictures: as --pictures; or an .npz of statistics, mu and sigma; or "
-                       "another checkpoint (default: those the checkpoint was trained on)")
+                       "another checkpoint, which draws in the same way from the next seed (default: those "
+                       "the checkpoint was trained on)")
     group.add_argument("--size", type=int, metavar="PIXELS",
                        help="of the pictures in folders: centre-crop and resize them")
     group = parser.add_argument_group("what is measured")
@@ -1078,7 +1139,7 @@ def flags():
     weights.add_argument("--ema", dest="raw", action="store_false", help="averaged weights, the default")
     weights.add_argument("--raw", action="store_true", help="weights as they were trained")
     parser.set_defaults(raw=False)
-    group.add_argument("--seed", type=int, default=0, help="picture k depends on this and k alone")
+    group.add_argument("--seed", type=int, help="picture k depends on this and k alone (default: 0)")
     group = parser.add_argument_group("where it runs and what it writes")
     group.add_argument("--batch", type=int, default=64, help="pictures at a time; changes no picture")
     group.add_argument("--device", help="cuda, mps or cpu (default: the first of these there is)")
@@ -1089,18 +1150,20 @@ def flags():
     return parser.parse_args()
 
 
-def drawn(path, args, device, num, label_counts=None):
+def drawn(path, args, device, num, seed, label_counts=None):
     """Pictures that the checkpoint at `path` draws as `args` say."""
     ckpt, weights = sample.read(path), "raw" if args.raw else "ema"
     net, decode = sample.load(path, weights, device)
-    counts = label_counts or (ckpt.get("data") or {}).get("label_counts") or []
-    labels = args.labels or ("data" if len(counts) == net.config.classes else "random")
-    if labels == "data" and len(counts) != net.config.classes:
-        raise UserError(f"--labels data: the data have {len(counts)} classes, {path} {net.config.classes}: "
-                        "give balanced or random")
-    nfe = 1 if args.nfe is None else args.nfe           # a default would hide "--nfe 1 --grid ..."
-    grid = sample.uniform_grid(nfe) if args.grid is None else sample.check_grid(args.grid.split(","))
-    pictures = from_network(net, decode, num, labels, grid, args.sampler or "ode", args.seed, counts)
+    known = [label_counts, (ckpt.get("data") or {}).get("label_counts")]        # the reference's, its own
+    counts = next((c for c in known if c and len(c) == net.config.classes), None)
+    if args.labels == "data" and not counts:
+        raise UserError(f"--labels data: how often the {net.config.classes} classes of {path} occur is not "
+                        "known: give balanced or random")
+    labels = args.labels or ("data" if counts else "random")
+    grid, sampler, note = sample.sampling_plan(path, args.nfe, args.grid, args.sampler)
+    if note:
+        print(note, file=sys.stderr)
+    pictures = from_network(net, decode, num, labels, grid, sampler, seed, counts)
     about = {"checkpoint": str(path), "step": ckpt.get("step"), "weights": weights}
     return dataclasses.replace(pictures, protocol=about | pictures.protocol)
 
@@ -1117,42 +1180,43 @@ def training_data(path):
     except UserError as error:
         raise UserError(f"{error}, or name real pictures with --ref") from None
     # A name may lead to other pictures by now, and then "its own training data" would be untrue.
-    if pictures.label_counts != about.get("label_counts"):
+    if pictures.label_counts != (about.get("label_counts") or pictures.label_counts):
         raise UserError(f"{pictures.name} is not what this checkpoint was trained on any more: "
                         f"if it is meant all the same, add --ref {own}")
     return pictures
 
 
 def is_checkpoint(name):
-    return bool(name) and Path(name).is_file() and Path(name).suffix != ".npz"
+    return bool(name) and Path(name).suffix != ".npz" and zipfile.is_zipfile(name)
 
 
 def open_sides(args, device):
     """(Pictures that are judged, real Pictures or None, what read_stats finds in the reference or None)."""
     ref, real, stats = args.ref, None, None
-    how = (args.nfe, args.grid, args.labels, args.sampler, args.raw or None)
-    if not (args.ckpt or is_checkpoint(ref)) and how != (None,) * 5:
-        raise UserError("--nfe, --grid, --labels, --sampler and --raw are for checkpoints, and none is here")
-    if is_checkpoint(ref):
-        real = drawn(ref, args, device, args.num or 50_000)
-    elif ref and Path(ref).is_file():
+    how = (args.nfe, args.grid, args.labels, args.sampler, args.seed, args.raw or None)
+    if not (args.ckpt or is_checkpoint(ref)) and how != (None,) * 6:
+        raise UserError("--nfe, --grid, --labels, --sampler, --seed, --raw are for checkpoints: none is here")
+    seed = args.seed or 0
+    if is_checkpoint(ref):                              # another seed: from equal noise come similar pictures
+        real = drawn(ref, args, device, args.num or 50_000, (seed + 1) % 2**64)
+    elif ref and Path(ref).is_file() and Path(ref).suffix == ".npz":
         stats = read_stats(ref)
         if stats is None or args.kid or args.prdc:      # ADM's files: statistics of all, and some pictures
             real = from_npz(ref)
     elif ref:
         real = open_pictures(ref, args.size)
-    elif args.ckpt and not args.save_stats:
-        real = training_data(args.ckpt)
+    elif args.ckpt:
+        try:
+            real = training_data(args.ckpt)
+        except UserError as error:
+            if not args.save_stats:
+                raise
+            print(f"fid.py: statistics only, no distance: {error}", file=sys.stderr)
     if args.ckpt:
         num = args.num or min(50_000, real.count if real and not stats else 50_000)
-        made = drawn(args.ckpt, args, device, num, real and real.label_counts)
+        made = drawn(args.ckpt, args, device, num, seed, real and real.label_counts)
     else:
-        made = open_pictures(args.pictures, args.size)
-        if args.num and args.num > made.count:
-            raise UserError(f"--num {args.num}: {made.name} has {made.count} pictures")
-        made = dataclasses.replace(made, count=args.num or made.count)
-    if real and real.shape[0] != made.shape[0]:
-        made, real = without_colour(made), without_colour(real)
+        made = evenly(open_pictures(args.pictures, args.size), args.num)
     if args.size and not any("resized" in side.protocol for side in (made, real) if side):
         raise UserError("--size crops and resizes pictures in folders, and there is none here")
     return made, real, stats
@@ -1174,15 +1238,23 @@ def check_sides(args, made, real, stats, extractors):
             raise UserError(f"the pictures are {made.size}, the reference {real.size}: choose another --ref")
     if not (real or stats or args.save_stats or any(e.network == "inception" for e in extractors)):
         raise UserError("nothing to compare with: give --ref, or --save-stats FILE.npz")
+    if (args.kid or args.prdc) and not real:
+        raise UserError("--kid and --prdc compare with real pictures: give --ref")
+    few = 6 if args.prdc else 2                                     # more than neighbours; a spread at all
+    for side in (made, real):
+        if side and side.count < few:
+            raise UserError(f"{side.name} has {side.count} pictures, {few} or more are needed")
+    if args.weights and not any(e.net for e in extractors):
+        raise UserError("--weights is for feature networks, and pixels need none")
 
 
-def warnings_of(made, real, extractors):
+def warnings_of(made, real, stats, extractors):
     """What keeps somebody from quoting a number that is worth less than it looks."""
-    few = min(made.count, real.count if real else made.count)
+    few = min(made.count, real.count if real else made.count, (stats and stats[1].get("count")) or made.count)
     for e in extractors:
         dim = e.dims(made.shape)["features"]
         if e.net and few < 10_000:
-            yield f"{few} pictures: below 10,000 every distance comes out too high, papers take 50,000"
+            yield f"{few} pictures: below 10,000 distances are too high, scores too low; 50,000 are usual"
         elif few <= dim:
             yield f"{few} pictures do not fill {dim} dimensions, which raises the value: draw more"
         if e.net and not e.protocol["published_weights"]:
@@ -1197,14 +1269,18 @@ def describe(args, made, real, stats, extractors, metrics):
               "pictures": {"name": made.name, "count": made.count, "shape": made.size, **made.protocol},
               "features": {e.name: e.protocol for e in extractors}}
     if stats:
-        result["reference"] = {**stats[1], "name": args.ref, "statistics_sha256": data.checksum_of(args.ref),
+        result["reference"] = {"count": "unknown", **stats[1], "name": args.ref,
+                               "statistics_sha256": data.checksum_of(args.ref),
                                "pictures_for_kid_and_neighbours": real and real.count}
     elif real:
         result["reference"] = {"name": real.name, "count": real.count, "shape": real.size, **real.protocol}
     if any("inception_score" in values for values in metrics.values()):
-        result["score"] = "10 splits after a fixed shuffle, logits without bias, 1008 classes"
+        result["score"] = (f"{min(10, made.count)} splits after a fixed shuffle, logits without bias, "
+                           "1008 classes")
     if args.kid:
-        result["kid"] = "100 subsets of 1000, or as many as there are; cubic kernel, unbiased"
+        size = min(1000, made.count, real.count)
+        subsets = "one subset" if size == made.count == real.count else "100 random subsets"
+        result["kid"] = f"{subsets} of {size}, cubic kernel, unbiased"
     if args.prdc:
         result["neighbours"] = "k = 3 for precision and recall, 5 for density and coverage"
     return result
@@ -1215,8 +1291,10 @@ def report(result):
     lines = []
     for name, values in result["metrics"].items():
         for key in filter(TITLES.get, values):
-            spread = f" ± {values[key + '_std']:.4f}" if key + "_std" in values else ""
-            lines.append(f"{TITLES[key]}: {values[key]:.4f}{spread}" + f"  [{name}]" * (name != "pixels"))
+            digits = 6 if key == "kid" else 4                       # KIDs are small
+            spread = f" ± {values[key + '_std']:.{digits}f}" if key + "_std" in values else ""
+            lines.append(f"{TITLES[key]}: {values[key]:.{digits}f}{spread}"
+                         + f"  [{name}]" * (name != "pixels"))
 
     about = [(side, result[side]) for side in ("pictures", "reference") if result[side]]
     about += [("features", protocol) for protocol in result["features"].values()]
@@ -1243,13 +1321,17 @@ def also_saved(made, folder, world):
 def check_flags(args):
     for ok, line in [
         (args.batch >= 1, f"--batch {args.batch}: give 1 or more"),
-        (0 <= args.seed < 2**64, f"--seed {args.seed}: give 0 to 2**64 - 1"),
-        (args.num is None or args.num >= 2, f"--num {args.num}: give 2 or more, one has no spread"),
+        (0 <= (args.seed or 0) < 2**64, f"--seed {args.seed}: give 0 to 2**64 - 1"),
+        (args.num is None or 2 <= args.num <= 10**8, f"--num {args.num}: give 2 (1 has no spread) to 10**8"),
+        (args.nfe is None or 1 <= args.nfe <= 10_000, f"--nfe {args.nfe}: give 1 to 10000"),
+        ("" not in (args.ref, args.pictures, args.features, args.save_pictures), "an empty name: omit it"),
         (args.size is None or 4 <= args.size <= 4096, f"--size {args.size}: give 4 to 4096"),
         (args.ckpt or not args.save_pictures, "--save-pictures is for pictures that --ckpt draws"),
-        *[(not path or path.absolute().parent.is_dir() and not path.is_dir(),
-           f"{flag} {path}: give a file in a folder that is there")
+        *[(not path or os.access(path.absolute().parent, os.W_OK) and not path.is_dir(),
+           f"{flag} {path}: give a file in a folder that is there and may be written")
           for flag, path in (("--json", args.json), ("--save-stats", args.save_stats))],
+        (not args.save_stats or args.save_stats.suffix == ".npz",
+         f"--save-stats {args.save_stats}: give FILE.npz"),
         (not args.save_stats or "," not in (args.features or ""),
          "--save-stats holds the statistics of one network: give one of --features"),
     ]:
@@ -1264,16 +1346,20 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = sample.pick_device(args.device)
     made, real, stats = open_sides(args, device)
-    tiny = made.shape[0] == 1 and math.prod(made.shape) <= 1024
-    names = (args.features or ("pixels" if tiny else "inception")).split(",")
+    tiny = math.prod(made.shape[1:]) <= 1024 and 1 in (made.shape[0], real.shape[0] if real else 3)
+    names = [name.strip() for name in (args.features or ("pixels" if tiny else "inception")).split(",")]
     if unknown := [name for name in names if name not in FEATURES]:
         raise UserError(f"--features {unknown[0]}: give some of {', '.join(FEATURES)}")
+    if real and "pixels" in names and real.shape[0] != made.shape[0]:
+        made, real = without_colour(made), without_colour(real)
     extractors = [Extractor(name, args.weights, device) for name in dict.fromkeys(names)]
     check_sides(args, made, real, stats, extractors)
     if args.save_pictures:
         made = also_saved(made, args.save_pictures, world)
-    if world > 1:
-        dist.init_process_group("gloo")         # enough, also between GPUs, for the few results at the end
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:                               # gloo is enough, also between GPUs, for results at the end
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))    # shares may differ by hours
         dist.barrier()                          # nobody draws before all have found that they can
 
     options = dict(batch=args.batch, divisor=args.divisor, keep=args.kid or args.prdc, rank=rank, world=world)
@@ -1286,19 +1372,18 @@ def main():
         metrics = {e.name: compare(e, ours[e.name], theirs.get(e.name), args.kid, args.prdc)
                    for e in extractors}
         result = describe(args, made, real, stats, extractors, metrics)
-        for line in dict.fromkeys(warnings_of(made, real, extractors)):
+        for line in dict.fromkeys(warnings_of(made, real, stats, extractors)):
             print(f"fid.py: warning: {line}", file=sys.stderr)
         print(report(result))
         if args.json:
             with data.replacing(args.json) as file:
                 file.write((json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
         if args.save_stats:
-            protocol = {"name": made.name, "count": made.count, "divisor": args.divisor}
+            protocol = {"of": result["pictures"], "count": made.count, "divisor": args.divisor}
             save_stats(args.save_stats, ours[extractors[0].name], protocol | extractors[0].protocol)
             print(f"wrote {args.save_stats}")
     if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        dist.destroy_process_group()            # rank 0 may still count neighbours, the others are done
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # name: (depth, dim, heads). S to XL are the DiT paper's, Ti is for a laptop, Mi for a small GPU.
 SIZES = {
@@ -216,6 +217,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.classes, D)
         self.blocks = nn.ModuleList(Block(D, config.heads) for _ in range(config.depth))
         self.final_layer = FinalLayer(D, p * p * C)
+        self.recompute = False      # True: backward computes each block again instead of keeping its inside
         self.initialise()
 
     def initialise(self):
@@ -254,7 +256,10 @@ class DiT(nn.Module):
         h = self.x_embedder(z) + self.pos_embed           # (B, T, D), float32 also under autocast
         c = self.noise_labels_embedder(t) + self.noise_labels_next_embedder(t - r) + self.y_embedder(y)
         for block in self.blocks:
-            h = block(h, c)                                                             # (B, T, D), (B, D)
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(block, h, c, use_reentrant=False)
+            else:
+                h = block(h, c)                                                         # (B, T, D), (B, D)
         h = self.final_layer(h, c)                                                      # (B, T, p·p·C)
 
         B, p, G = len(z), cfg.patch, cfg.size // cfg.patch

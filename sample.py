@@ -6,6 +6,7 @@ From a checkpoint to pictures, in one evaluation of the network or a few.
     python sample.py --ckpt out/digits/ckpt.pt --num 1000 --out out/many.npz  # or out/many/ for PNGs
     python sample.py --ckpt out/digits/ckpt.pt --trajectory out/digits/trajectory.gif
     torchrun --nproc_per_node=8 -- sample.py --ckpt out/digits/ckpt.pt --num 50000 --out out/many/
+    python sample.py --ckpt alphaflow-XL-2-plus-cfg.pt --nfe 2                # released weights
 
 t = 1 is noise, t = 0 is data. The network gives u(z, t, r, y), the average velocity of the jump from t
 down to r, so a step t -> s is one subtraction however long it is: z_s = z_t - (t - s)·u(z_t, t, s, y).
@@ -14,13 +15,16 @@ back.
 
 The noise of picture k depends on the seed and k alone, not on the batch size or the number of processes.
 """
+import functools
 import io
 import math
+import mmap
 import os
 import pickle
 import tempfile
 import warnings
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +34,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from model import DiT, DiTConfig
+from model import SIZES, DiT, DiTConfig
 
 FORMAT = "alphaflow-1"  # what train.py writes into its checkpoints
 
@@ -55,6 +59,35 @@ def check_grid(grid):
         raise ValueError(f"grid {','.join(map(str, grid))} must be two or more falling times between "
                          "1 and 0, like 1,0.5,0")
     return times
+
+
+# The published files: the sampler, and the times at 2 NFE. At 1 NFE both samplers are the same jump.
+PUBLISHED = {
+    "meanflow-B-2": ("ode", (1.0, 0.5, 0.0)),
+    "alphaflow-B-2": ("ode", (1.0, 0.5, 0.0)),
+    "meanflow-B-2-cfg": ("ode", (1.0, 0.5, 0.0)),
+    "alphaflow-B-2-cfg": ("ode", (1.0, 0.5, 0.0)),
+    "meanflow-XL-2-cfg": ("ode", (1.0, 0.5, 0.0)),
+    "alphaflow-XL-2-cfg": ("consistency", (1.0, 0.55, 0.0)),
+    "alphaflow-XL-2-plus-cfg": ("consistency", (1.0, 0.5, 0.0)),
+}
+
+
+def sampling_plan(path, nfe=None, grid=None, sampler=None):
+    """(grid, sampler, note): how to sample from the checkpoint at `path`, given what the user typed.
+
+    nfe: evaluations, 1 if None. grid: the times as typed, like "1,0.55,0". sampler: its name. Where grid
+    and sampler are both None and the file has the name of a published one, it is what was published for
+    it, and the note is one line that says so; else equal jumps, "ode" and "". ValueError for a bad grid.
+    """
+    times = uniform_grid(1 if nfe is None else nfe) if grid is None else check_grid(grid.split(","))
+    name = Path(path).name.removesuffix(".pt")  # weights do not tell what they were sampled with
+    if grid is not None or sampler is not None or name not in PUBLISHED:
+        return times, sampler or "ode", ""
+    sampler, two = PUBLISHED[name]
+    times = list(two) if len(times) == 3 else times
+    note = f"published sampler for {name}: {sampler}, times {' > '.join(f'{t:g}' for t in times)}"
+    return times, sampler, note + " (equal jumps: none published beyond 2 NFE)" * (len(times) > 3)
 
 
 # ------------------------------------------------------------------ the two samplers, α-Flow §6
@@ -113,8 +146,10 @@ def consistency(net, z, y, grid, noise=None, generator=None, callback=None):
 
 
 def read(path):
-    """The checkpoint dict that train.py wrote to `path`, on the CPU. Nothing in the file is executed.
+    """The checkpoint dict in `path`, on the CPU, as train.py writes it. Nothing in the file is executed.
 
+    A released α-Flow file comes in the same layout, see `from_released`. This is the one place where
+    kinds of checkpoint are told apart, and it goes by content.
     UserError in one line if it is missing, cut short, damaged, foreign or hostile.
     """
     path = Path(path)
@@ -127,10 +162,15 @@ def read(path):
             # Mapped, not read: whoever samples touches the EMA only, a quarter of the file.
             ckpt = torch.load(str(path), map_location="cpu", weights_only=True,
                               mmap=zipfile.is_zipfile(path))
-    except Exception:  # a damaged or hostile file can raise nearly anything
-        raise UserError(f"{path} cannot be read as a checkpoint: it is cut short or something else "
-                        "(nothing in it was run); expected a file that train.py wrote") from None
+    except Exception:  # a damaged or hostile file can raise nearly anything; a released one does, too
+        ckpt = _try_released(path)
+        if ckpt is None:
+            raise UserError(f"{path} cannot be read as a checkpoint: it is cut short or something else "
+                            "(nothing in it was run); expected one that train.py wrote or a released one"
+                            ) from None
     found = ckpt.get("format") if isinstance(ckpt, dict) else None
+    if found is None and _is_released(ckpt):
+        return from_released(ckpt, path)
     if not isinstance(found, str) or found != FORMAT:
         raise UserError(f"{path} is some other torch file: expected one that train.py wrote, with "
                         f"format {FORMAT!r}, found {found if isinstance(found, str) else 'no format'!r}")
@@ -139,16 +179,19 @@ def read(path):
     return ckpt
 
 
-def load(path, weights="ema", device="cpu"):
+def load(path, weights="ema", device="cpu", precision="bf16"):
     """(net, decode) from a checkpoint: a frozen DiT on `device`, and what makes pictures of its samples.
 
     weights: "ema" (the running average: what one samples from) or "raw". decode: (B, C, H, W) samples of
-    the network -> (B, C, H, W) uint8. ValueError for other `weights`; UserError as in `read`, and if the
-    stored weights are not those of the stored config.
+    the network -> (B, C, H, W) uint8. Latents become pictures in a VAE, on CUDA in "bf16" or "fp32" as
+    `precision` says, elsewhere in float32. ValueError for other words; UserError as in `read`, and if
+    the stored weights are not those of the stored config.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights must be 'ema' or 'raw', not {weights!r}")
-    ckpt = read(path)  # kinds of checkpoint are told apart by content, in read() and here, nowhere else
+    if precision not in ("bf16", "fp32"):
+        raise ValueError(f"precision must be 'bf16' or 'fp32', not {precision!r}")
+    ckpt, device = read(path), torch.device(device)
     try:
         with torch.device("meta"):  # no memory and no initialisation: every tensor comes from the file
             net = DiT(DiTConfig(**ckpt["config"]["model"]))
@@ -160,7 +203,45 @@ def load(path, weights="ema", device="cpu"):
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         raise UserError(f"{path}: expected the {weights} weights and the config of one network, but "
                         f"they do not fit together ({reason})") from None
-    return net.eval().requires_grad_(False), data.to_uint8
+    return net.eval().requires_grad_(False), latent_decoder(ckpt, net.config, path, device, precision)
+
+
+def latent_decoder(ckpt, config, path, device, precision="bf16"):
+    """decode(x): samples (B, C, h, w) -> uint8 pictures, through a VAE if `ckpt` names means of latents.
+
+    config: the network's. The VAE is the one in the file, else data.find_vae's; it is made at the first
+    call, as whoever wants the network alone needs none. precision: as in `load`.
+    UserError if the statistics are not of the network's shape; from decode, if the VAE is none.
+    """
+    if not ckpt.get("latents"):
+        return data.to_uint8
+    try:
+        shape = (config.channels, config.size, config.size)
+        mean, std = (ckpt["latents"][k].to(device, torch.float32).expand(shape) for k in ("mean", "std"))
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        raise UserError(f"{path}: expected mean and std of its latents, each {shape}") from None
+
+    @functools.cache
+    def vae():
+        if not (state := ckpt.get("vae")):
+            return data.find_vae(device=device)
+        try:
+            state = {name: w.to(device, torch.float32, copy=True) for name, w in state.items()}
+            return data.build_vae(state)
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: {error}") from None
+
+    @torch.no_grad()
+    def decode(x):
+        if precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # else convolutions on CUDA round to 10 bits
+        z = x.to(mean) * std + mean                                                      # (B, C, h, w)
+        with torch.autocast(device.type, torch.bfloat16,
+                            enabled=device.type == "cuda" and precision == "bf16"):
+            # in small pieces: eight pictures of 256x256 need about 2 GB on their way
+            return torch.cat([data.to_uint8(vae().decode(piece)) for piece in z.split(8)])
+
+    return decode
 
 
 def pick_device(name=None):
@@ -216,7 +297,8 @@ class _Inert:
 class _Foreign(pickle.Unpickler):
     """Unpickles nothing but inert objects; `plain` makes of them what their names are known for."""
 
-    def __init__(self, archive):
+    def __init__(self, archive, mapped=None):
+        self.mapped = mapped                    # the bytes of the whole file, or None: read each storage
         # the archive's own folder has any name; a file that rides along deeper may be called the same
         name = min((n for n in archive.namelist() if n.endswith("/data.pkl")), key=len)
         self.archive, self.folder, self.made, self.raw = archive, name.removesuffix(".pkl"), {}, {}
@@ -228,6 +310,19 @@ class _Foreign(pickle.Unpickler):
     def persistent_load(self, pid):
         return pid                              # ("storage", type, key, device, number of elements)
 
+    def storage(self, key):
+        """The bytes of a storage: read and their checksum compared or, of a mapped file, left in it."""
+        info = self.archive.getinfo(f"{self.folder}/{key}")
+        if self.mapped is None or info.compress_type != zipfile.ZIP_STORED:
+            return bytearray(self.archive.read(info))
+        at = info.header_offset                 # 30 bytes; the last four: lengths of name and padding
+        name, padding = (int.from_bytes(self.mapped[at + k:at + k + 2], "little") for k in (26, 28))
+        at += 30 + name + padding
+        raw = self.mapped[at:at + info.file_size]
+        if len(raw) < info.file_size:
+            raise ValueError("a tensor lies beyond the end of the file")
+        return raw if at % 16 == 0 else bytearray(raw)      # numbers begin at multiples of their size
+
     def tensor(self, version, storage, offset, size, stride, requires_grad, hooks, *rest):
         _, kind, key, _, numel = storage
         kind = dtype = STORAGES[kind.name]
@@ -236,7 +331,7 @@ class _Foreign(pickle.Unpickler):
         if any(rest):
             raise ValueError("it holds a lazily conjugated tensor")
         if key not in self.raw:                 # read once, so that views of one storage stay views
-            self.raw[key] = bytearray(self.archive.read(f"{self.folder}/{key}"))
+            self.raw[key] = self.storage(key)
         count = numel * kind.itemsize // dtype.itemsize
         flat = torch.frombuffer(self.raw[key], dtype=dtype, count=count) if count else torch.empty(0)
         return flat.to(dtype).as_strided(size, stride, offset)          # raises beyond the storage
@@ -264,19 +359,28 @@ class _Foreign(pickle.Unpickler):
         return self.made[id(x)]
 
 
-def read_foreign(path):
+def read_foreign(path, only=None):
     """What torch.save or torch.jit.save wrote to `path`: plain dicts, lists, numbers, str and tensors.
 
     Nothing in the file is executed and no class in it needs to exist here. An object becomes the dict of
     its attributes (and "args", "state", "items", what else it was given), a class its name. Tensors are
     on the CPU and share memory where they did. OSError if there is no such file; UserError in one line
     if it is no zip archive of torch (little-endian), cut short or damaged.
+
+    only: some keys of the outermost dict. Nothing but these is returned, and their tensors are mapped:
+    no memory and no time for what is not used, but no checksum is compared either.
     """
     open(path, "rb").close()
     try:
-        with zipfile.ZipFile(path) as archive:
-            reader = _Foreign(archive)
-            return reader.plain(reader.load())
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            if only is None:
+                reader = _Foreign(archive)
+                return reader.plain(reader.load())
+            # a private map: a change never reaches the file
+            reader = _Foreign(archive, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)))
+            whole = reader.load()
+            whole = whole.kept if isinstance(whole, _Inert) else whole
+            return {key: reader.plain(whole[key]) for key in only if key in whole}
     except Exception as error:  # as in `read`
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         raise UserError(f"{path} is cut short, damaged or no archive of torch ({reason}; nothing in it "
@@ -308,6 +412,144 @@ def read_tensors(path):
         whole = read_foreign(path)
     walk(whole, (), set())
     return found
+
+
+# ------------------------------------------------------------------ other people's networks
+
+MARK = "model.x_embedder.proj.weight"  # no checkpoint of ours has a name like this
+
+
+def _is_released(ckpt):
+    return isinstance(ckpt, dict) and any(isinstance(part, dict) and MARK in part
+                                          for part in (ckpt.get("ema"), ckpt.get("net")))
+
+
+def _try_released(path):
+    """What a released file holds, without optimizer, settings and the like; None if it is not one."""
+    try:
+        found = read_foreign(path, only=("net", "ema", "stats", "step"))
+    except UserError:
+        return None
+    return found if _is_released(found) else None
+
+
+def from_released(theirs, path):
+    """A released α-Flow checkpoint, `theirs`, in the layout of ours; tensors still mapped to the file.
+
+    net, ema: names without "model.", and a row of zeros for "no label" if the file has none. The config
+    is told by the shapes. step: the file's, or None. latents: mean and std, (C, h, w) float32. vae: its
+    state dict, if embedded. published: name, sampler and times at 2 NFE, if the file's name is known.
+    UserError, one line, if pieces are missing. "net" alone may be: then it is empty.
+    """
+    try:
+        if not isinstance(theirs.get("ema"), dict):
+            raise KeyError("ema")
+        ema, net = (own_names(theirs.get(key) or {}, "model.") for key in ("ema", "net"))
+        config = config_of(ema)
+        latents = latent_stats(theirs["ema"], config)
+        vae = own_names(theirs["ema"], "autoencoder.model.model.")
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:150]
+        raise UserError(f"{path}: expected a whole released α-Flow checkpoint, but it lacks something "
+                        f"({what}; nothing in it was run): get it again") from None
+    stats = theirs.get("stats") if isinstance(theirs.get("stats"), dict) else {}
+    step = stats.get("cur_step", theirs.get("step"))
+    name = path.name.removesuffix(".pt")
+    about = {"name": "imagenet256" if config.classes == 1000 else None, "classes": config.classes,
+             "shape": [config.channels, config.size, config.size], "label_counts": None}
+    return {"format": FORMAT, "net": net, "ema": ema, "step": step if isinstance(step, int) else None,
+            "config": {"model": asdict(config), "recipe": {}}, "data": about, "latents": latents,
+            **({"vae": vae} if vae else {}),
+            **({"published": dict(zip(("name", "sampler", "grid"), (name, *PUBLISHED[name])))}
+               if name in PUBLISHED else {})}
+
+
+def own_names(state, prefix):
+    """The tensors of `state` below `prefix`, without it. ValueError if something else is there."""
+    own = {name.removeprefix(prefix): w for name, w in state.items() if str(name).startswith(prefix)}
+    if wrong := [name for name, w in own.items() if not isinstance(w, torch.Tensor)]:
+        raise ValueError(f"{prefix}{wrong[0]} is no tensor")
+    table = own.get("y_embedder.embedding_table.weight")
+    if table is not None and len(table) == 1000:  # trained without guidance: a thousand classes, no null
+        own["y_embedder.embedding_table.weight"] = torch.cat([table, table.new_zeros(1, table.shape[1])])
+    return own
+
+
+def config_of(state):
+    """The DiTConfig whose state dict `state` is, by its shapes. KeyError or another if it is none."""
+    dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    side = math.isqrt(state["pos_embed"].shape[1])
+    classes = len(state["y_embedder.embedding_table.weight"]) - 1
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    # No shape tells the heads. The published widths do; others get heads of 64, and four at least.
+    heads = {d: h for _, d, h in SIZES.values()}.get(dim, max(4, dim // 64))
+    return DiTConfig(side * patch, channels, patch, dim, depth, heads, classes)
+
+
+def latent_stats(state, config):
+    """{"mean", "std"}, (C, h, w) float32, of a released state dict. KeyError or another if none."""
+    shape = (config.channels, config.size, config.size)
+    mean, var = (state[f"autoencoder_{k}"][0].double().expand(shape) for k in ("mean", "var"))
+    std = (var + 1e-16).sqrt()
+    if not state.get("are_ldm_stats_inited", torch.ones(1)).all():
+        raise ValueError("the statistics of its latents were never measured")
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise ValueError("the statistics of its latents are not finite")
+    return {"mean": mean.float(), "std": std.float()}
+
+
+def starting_weights(path):
+    """(weights, notes): what a new network can start from, under model.py's names, and a few warnings.
+
+    From any checkpoint that `read` takes, its EMA; or from the state dict of a DiT or SiT, alone or in a
+    training checkpoint (then its EMA, if there). notes: lines on what does not carry over.
+    UserError as in `read` for anything else.
+    """
+    try:
+        ckpt = read(path)
+    except UserError as refused:
+        try:
+            found = from_dit(read_tensors(path))
+        except (UserError, OSError):
+            found = None
+        if found is None:
+            raise refused from None
+        return found
+    notes = []
+    if ckpt.get("latents"):
+        notes.append("it was trained on latents that its own mean and std, in that file, normalised")
+    table = ckpt["ema"].get("y_embedder.embedding_table.weight")
+    if isinstance(table, torch.Tensor) and table.ndim == 2 and not table[-1:].any():
+        notes.append("the null label's row is new, zeros: that network was trained without one")
+    return ckpt["ema"], notes
+
+
+def from_dit(tensors):
+    """(weights, notes) as in `starting_weights`, from the tensors of a DiT or SiT; None if of neither.
+
+    DiT: Peebles & Xie 2023. SiT: Ma et al. 2024. One time embedder, and twice the channels at the end if
+    it learned the variance, too.
+    """
+    first, time = "x_embedder.proj.weight", "t_embedder.mlp.0.weight"
+    prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)]
+    prefixes = [p for p in prefixes if p + time in tensors and tensors[p + first].ndim == 4]
+    if not prefixes:
+        return None
+    prefix = min(prefixes, key=lambda p: ("ema" not in p.split("."), len(p)))  # "", "ema.", "model."
+    state = {name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)}
+    for name in [name for name in state if name.startswith("t_embedder.")]:
+        state[name.replace("t_embedder", "noise_labels_embedder", 1)] = state.pop(name)
+    notes = ["t_embedder became noise_labels_embedder, of the same frequencies, but t counts 0 to 999 "
+             "from data to noise there (DiT) or 0 to 1 from noise to data (SiT), here 0 to 1 from data "
+             "to noise: what it learned does not carry over",
+             "it predicts noise (DiT) or data - noise (SiT), here that is noise - data, and its latents "
+             "are times 0.18215, not normalised: what the first and the last map learned is not right"]
+    _, C, p, _ = state[first].shape
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if name in state and len(state[name]) == 2 * C * p * p:           # rows: (row, column, channel)
+            state[name] = state[name].unflatten(0, (p * p, 2, C))[:, 0].flatten(0, 1)
+            notes += [f"{name}: {C} of its {2 * C} channels, the others are for the variance"]
+    return state, notes
 
 
 # ------------------------------------------------------------------ which picture is which
@@ -486,7 +728,8 @@ def write_npz(path, batches, labels, shape):
 def parse():
     parser = data.Parser(description="Draw pictures from a checkpoint.")
     group = parser.add_argument_group("what")
-    group.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="what train.py wrote")
+    group.add_argument("--ckpt", type=Path, required=True, metavar="FILE",
+                       help="what train.py wrote, or a released α-Flow checkpoint")
     which = group.add_mutually_exclusive_group()
     which.add_argument("--ema", dest="weights", action="store_const", const="ema", default="ema",
                        help="the averaged weights")
@@ -503,10 +746,13 @@ def parse():
     times.add_argument("--nfe", type=int, metavar="N",
                        help="network evaluations, as N equal jumps (default: 1)")
     times.add_argument("--grid", metavar="TIMES", help="the times of the jumps instead, like 1,0.55,0")
-    group.add_argument("--sampler", default="ode", choices=["ode", "consistency"],
-                       help="follow the jumps, or jump to the picture each time and put noise back")
+    group.add_argument("--sampler", choices=["ode", "consistency"],
+                       help="follow the jumps, or jump to the picture each time and put noise back "
+                       "(default: ode; of a released file without --grid, as published)")
     group.add_argument("--batch", type=int, default=256, metavar="N", help="pictures at a time")
     group.add_argument("--device", metavar="NAME", help="default: cuda, else mps, else cpu")
+    group.add_argument("--precision", default="bf16", choices=["bf16", "fp32"],
+                       help="of the VAE that decodes latents, on CUDA; fp32 elsewhere")
 
     group = parser.add_argument_group("where to")
     group.add_argument("--out", help="FILE.png: a labelled grid; FILE.npz: arr_0 as ADM's tools want it "
@@ -543,13 +789,15 @@ def place(out, trajectory, world, num, flag="--out"):
 def main():
     args = parse()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    nfe = 1 if args.nfe is None else args.nfe  # a default would hide "--nfe 1 --grid ..." from argparse
-    grid = uniform_grid(nfe) if args.grid is None else check_grid(args.grid.split(","))
+    # --nfe has no default in argparse: it would hide "--nfe 1 --grid ..." from it
+    grid, sampler, note = sampling_plan(args.ckpt, args.nfe, args.grid, args.sampler)
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: give 1 or more")
     device = pick_device(args.device)
     ckpt = read(args.ckpt)
-    net, decode = load(args.ckpt, args.weights, device)
+    net, decode = load(args.ckpt, args.weights, device, args.precision)
+    if note and rank == 0:
+        print(note)
     cfg, about = net.config, ckpt["data"] if isinstance(ckpt.get("data"), dict) else {}
     listed = args.classes.count(",") + 1 if args.classes[:1].isdigit() else cfg.classes
     num = min(100, 10 * listed) if args.num is None else args.num
@@ -557,7 +805,7 @@ def main():
         raise UserError(f"--num {num}: give 100,000,000 at most")
     labels = make_labels(args.classes, num, cfg.classes, args.seed, about.get("label_counts"))
     shape = decode(torch.zeros(1, cfg.channels, cfg.size, cfg.size, device=device)).shape[1:]
-    out = args.out or args.ckpt.parent / f"grid_{args.sampler}_nfe{len(grid) - 1}_{args.weights}.png"
+    out = args.out or args.ckpt.parent / f"grid_{sampler}_nfe{len(grid) - 1}_{args.weights}.png"
     path, kind = place(str(out), args.trajectory, world, num)
     if kind != "npz" or args.trajectory:
         as_image(torch.zeros(shape, dtype=torch.uint8))  # says so now if this is no picture
@@ -567,7 +815,7 @@ def main():
 
     mine = range(rank, num, world)
     with tqdm(total=len(mine), unit="img", disable=True if rank else None) as bar:
-        batches = generate(net, decode, labels, grid, args.sampler, args.seed, args.batch, mine,
+        batches = generate(net, decode, labels, grid, sampler, args.seed, args.batch, mine,
                            progress=bar.update)
         if kind == "npz":
             write_npz(path, batches, labels, shape)
@@ -581,13 +829,14 @@ def main():
             with data.replacing(path) as file:
                 sheet.save(file, format="PNG")
     if args.trajectory and rank == 0:
-        trajectory(net, decode, labels[:10], args.sampler, args.seed, args.trajectory)
+        trajectory(net, decode, labels[:10], sampler, args.seed, args.trajectory)
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if rank == 0:
+        step = "" if ckpt.get("step") is None else f" of step {ckpt['step']}"
         print(f"wrote {path}{f' and {args.trajectory}' if args.trajectory else ''}: {num} pictures, "
-              f"{args.weights} weights of step {ckpt.get('step')}, {len(grid) - 1} NFE, {args.sampler}, "
+              f"{args.weights} weights{step}, {len(grid) - 1} NFE, {sampler}, "
               f"grid {','.join(f'{t:g}' for t in grid)}, labels {args.classes}, seed {args.seed}")
 
 

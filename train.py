@@ -116,6 +116,7 @@ def parse_flags(argv=None):
     p = data.Parser(prog="train.py", description="Train a DiT with the α-Flow objective.")
     p.add_argument("--model", help="recipe, which sets all else (default Ti/2): "
                    f"{', '.join(RECIPES)}; or any SIZE/PATCH")
+    p.add_argument("--list", action="store_true", help="print all recipes and exit")
     p.add_argument("--alpha", type=float,
                    help="a constant α, short for --alpha-schedule constant --alpha-start α")
     for title, settings in SETTINGS.items():
@@ -134,6 +135,8 @@ def parse_flags(argv=None):
     g = p.add_argument_group("machine")
     g.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
     g.add_argument("--accumulate", type=int, default=1, help="micro-batches a step, to save memory [1]")
+    g.add_argument("--recompute", action="store_true",
+                   help="keep no activations inside a block: less memory, a third more time")
     g.add_argument("--precision", choices=("bf16", "fp32"), help="autocast (default bf16 on CUDA, else fp32)")
     g.add_argument("--jvp-precision", choices=("bf16", "fp32"), help="of du/dt (default: as --precision)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction,
@@ -150,6 +153,19 @@ def parse_flags(argv=None):
                    "50,000 at most)")
     g.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too, if installed")
     return p.parse_args(argv)
+
+
+def list_recipes():
+    """Each recipe's network and all settings in which it differs from the paper's common ones."""
+    lines = ["common to all, unless it says otherwise: "
+             + ", ".join(f"{name} {value}" for name, value in PAPER.items())]
+    for name, recipe in RECIPES.items():
+        shape = {"digits": (8, 1, 10), "mnist": (32, 1, 10), "cifar10": (32, 3, 10)}   # else latents
+        with torch.device("meta"):
+            net = build(network_name(name), *shape.get(recipe.get("data"), (32, 4, 1000)))
+        differs = ", ".join(f"{setting} {value}" for setting, value in recipe.items()) or "nothing differs"
+        lines.append(f"{name} ({sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters): {differs}")
+    return "\n".join(textwrap.fill(line, 110, subsequent_indent="    ") for line in lines)
 
 
 def flag(name):
@@ -247,7 +263,7 @@ def update_ema(ema, net, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)     # few launches
 
 
-def draw(recipe, step, shape, device):
+def draw(recipe, step, shape, device, latents=False):
     """Everything random in a step, for the whole global batch: a function of (seed, step) alone.
 
     Each process draws it all and keeps its own rows, so the numbers do not depend on how many there are.
@@ -255,9 +271,13 @@ def draw(recipe, step, shape, device):
     """
     B, key = recipe["batch"], (0, recipe["seed"], step)         # four integers each: unlike sample.py's keys
     host, noise = data.generator(*key, 0), data.generator(*key, 1, device=device)
+    posterior = {}
+    if latents:                         # what picks a latent of each picture: fresh in every epoch
+        cloud = data.generator(*key, 2, device=device)
+        posterior = {"posterior": torch.randn(B, *shape, generator=cloud, device=device)}
     t, r = sample_times(B, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"], host)
     return {"t": t, "r": r, "drop": torch.rand(B, generator=host),                      # each (B,)
-            "e": torch.randn(B, *shape, generator=noise, device=device)}                # (B, C, H, W)
+            "e": torch.randn(B, *shape, generator=noise, device=device), **posterior}   # (B, C, H, W)
 
 
 # ---- processes, checkpoints ------------------------------------------------------------------------
@@ -335,8 +355,11 @@ def save(path, state):
 
 
 def init_from(net, path, say):
-    """Copy the EMA weights of another checkpoint wherever name and shape agree, and say what did not."""
-    theirs, ours = sample.read(path)["ema"], net.state_dict()
+    """Copy the weights of another network wherever name and shape agree, and say what did not.
+
+    path: a checkpoint of ours or a released one (its EMA), or a DiT's or SiT's. ValueError if nothing fits.
+    """
+    (theirs, notes), ours = sample.starting_weights(path), net.state_dict()
     matched = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
     if not matched:
         raise ValueError(f"--init-from {path}: not one tensor fits this network")
@@ -344,6 +367,8 @@ def init_from(net, path, say):
     new, left_over = sorted(ours.keys() - matched), sorted(theirs.keys() - matched)
     say(f"init-from {path}: {len(matched)} of {len(ours)} tensors; new here: {', '.join(new) or 'none'}; "
         f"left over there: {', '.join(left_over) or 'none'}")
+    for note in notes:
+        say(f"init-from {path}: {note}")
 
 
 def compiled(net, z, autocast, say):
@@ -381,6 +406,72 @@ def compiled(net, z, autocast, say):
                 p.copy_(w)
 
 
+# ---- what it costs ---------------------------------------------------------------------------------
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16
+
+
+def flops_of_forward(cfg):
+    """FLOPs of one forward for one picture; multiply-add is two, where DiT's tables count one."""
+    D, C, p = cfg.dim, cfg.channels, cfg.patch
+    T = (cfg.size // p) ** 2                                    # tokens
+    block = 12 * T * D * D + 2 * T * T * D + 6 * D * D          # linear maps, attention, modulation
+    ends = 2 * T * p * p * C * D + 2 * D * D                    # into patches and back, last modulation
+    times = 2 * (256 * D + D * D)                               # of t and of t - r
+    return 2 * (cfg.depth * block + ends + times)
+
+
+def bytes_for_backward(net):
+    """Bytes that a forward in float32 keeps for its backward, for one picture."""
+    cfg, sums = net.config, []
+    for depth in (1, 2):                                        # counted on two blocks: all others are equal
+        with torch.random.fork_rng([]):                         # initial weights may not move the generator
+            twin, kept = DiT(dataclasses.replace(cfg, depth=depth, classes=1)), {}
+        twin.recompute = net.recompute
+        weights = {p.data_ptr() for p in twin.parameters()}
+
+        def keep(x):
+            if x.data_ptr() not in weights:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+        z, t = torch.zeros(1, cfg.channels, cfg.size, cfg.size), torch.zeros(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            u = twin(z, t, t, torch.zeros(1, dtype=torch.long))
+        sums.append(sum(kept.values()))
+        del u                                                   # whose graph kept the addresses apart
+    return sums[0] + (cfg.depth - 1) * (sums[1] - sums[0])
+
+
+def forwards_of_step(recipe, alpha):
+    """The cost of a step in forwards of its batch: prediction 3, its backward included, and the target."""
+    jumps = 1 - recipe["fm_ratio"]
+    target = 0 if alpha == 1 else jumps if alpha > 0 else 2 * jumps     # du/dt: see Product in model.py
+    guided = (recipe["omega"], recipe["kappa"]) != (1.0, 0.0)
+    return 3 + target + 2 * guided                              # at most: free outside t_min < t < t_max
+
+
+def cost_report(run):
+    """The lines about cost that are printed at the start."""
+    flops, kept = flops_of_forward(run.net.config), bytes_for_backward(run.net)
+    parameters = sum(p.numel() for p in run.net.parameters())
+    micro = run.recipe["batch"] // (run.world * run.args.accumulate)
+    step = {alpha: forwards_of_step(run.recipe, alpha) * run.recipe["batch"] * flops for alpha in (1, 0.5, 0)}
+    states, activations = 20 * parameters / 2**30, micro * kept / 2**30
+    return (f"cost: {flops / 1e9:.3g} GFLOPs a forward and picture; a step {step[1] / 1e12:.3g} TFLOPs at "
+            f"α = 1, {step[0.5] / 1e12:.3g} between, {step[0] / 1e12:.3g} at α = 0\n"
+            f"memory a process: about {states + activations:.2g} GiB, {states:.2g} for weights, gradients, "
+            f"Adam and EMA, {activations:.2g} for activations of {micro} pictures in float32 (in bf16 half)")
+
+
+def utilisation(run, alpha, images_per_s, flops):
+    """Share of the GPUs' bf16 peak that the counted FLOPs are; None where the peak is not known."""
+    name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
+    peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    if peak is None:
+        return None
+    return images_per_s * forwards_of_step(run.recipe, alpha) * flops / (peak * 1e12 * run.world)
+
+
 # ---- reports ---------------------------------------------------------------------------------------
 
 def evaluation(run):
@@ -389,6 +480,9 @@ def evaluation(run):
     All processes must call it, each draws its share. What it needs is fetched and measured here, before
     training: networks and the statistics of the real pictures.
     """
+    if run.args.eval_every and isinstance(run.dataset, data.Latents):
+        raise ValueError(f"--eval-every needs pictures, and {run.recipe['data']} holds latents: "
+                         "measure the checkpoints with fid.py")
     if not run.args.eval_every:
         if run.args.eval_num or run.args.eval_features:
             raise ValueError("--eval-num and --eval-features do nothing without --eval-every STEPS")
@@ -488,6 +582,7 @@ def post_mortem(run, step, alpha, norm, tangent, batches, noise, objective):
     """After a non-finite loss or gradient: save what is needed to see why; returns a line that says where."""
     x, y = (torch.cat(part) for part in zip(*batches))
     noise = {k: torch.cat([v[own_rows(run, m)] for m in range(len(batches))]) for k, v in noise.items()}
+    x = run.dataset.sample(x.to(run.device), noise.pop("posterior", None))
     run.out.mkdir(parents=True, exist_ok=True)                  # another node may not share rank 0's disk
     save(run.out / f"nonfinite_rank{run.rank}.pt",
          {"step": step, "alpha": alpha, "net": run.net.state_dict(), "x": x, "y": y, **noise})
@@ -495,8 +590,7 @@ def post_mortem(run, step, alpha, norm, tangent, batches, noise, objective):
     for i in range(len(x)):                                     # no row depends on another: try each alone
         row = {k: v[i:i + 1] for k, v in noise.items()}
         with torch.no_grad():
-            loss, _ = alpha_flow_loss(run.net, x[i:i + 1].to(run.device), y[i:i + 1], alpha,
-                                      **row, **objective)
+            loss, _ = alpha_flow_loss(run.net, x[i:i + 1], y[i:i + 1], alpha, **row, **objective)
         if not torch.isfinite(loss):
             where = f"t {noise['t'][i].item():.4f}, r {noise['r'][i].item():.4f} in row {i}"
             break
@@ -521,11 +615,15 @@ class Run:
     rank: int
     world: int
     device: torch.device
+    evaluate: object = None                                     # what --eval-every calls
 
     def checkpoint(self, finished):
-        return {"format": sample.FORMAT, "net": self.net.state_dict(), "ema": self.ema.state_dict(),
+        ckpt = {"format": sample.FORMAT, "net": self.net.state_dict(), "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "step": finished, "data": self.dataset.describe(),
                 "config": {"model": dataclasses.asdict(self.net.config), "recipe": self.recipe}}
+        if isinstance(self.dataset, data.Latents):              # without them no sample can be decoded
+            ckpt["latents"] = {"mean": self.dataset.mean.cpu(), "std": self.dataset.std.cpu()}
+        return ckpt
 
 
 def assemble(args, rank, world, device):
@@ -549,9 +647,15 @@ def assemble(args, rank, world, device):
     if (net.config.channels, net.config.size, net.config.classes) != (C, size, dataset.classes):
         raise ValueError(f"{recipe['data']} has {C}x{size}x{size} pictures in {dataset.classes} classes, "
                          "unlike the data of the run that is to be resumed")
+    if ckpt and isinstance(dataset, data.Latents):
+        was, now = ckpt.get("latents", {}), {"mean": dataset.mean, "std": dataset.std}
+        if not all(k in was and torch.allclose(was[k], now[k], 1e-3, 1e-3) for k in now):
+            raise ValueError(f"the latents in {recipe['data']} have other statistics than those that the "
+                             "run was trained on: prepared anew, from other files or in another way")
     if args.init_from and not ckpt:
         init_from(net, args.init_from, print if rank == 0 else lambda *_: None)
     net.to(device)
+    net.recompute = args.recompute
     ema = DiT(net.config).to(device).requires_grad_(False)
     ema.load_state_dict(ckpt["ema"] if ckpt else net.state_dict())
     options = dict(betas=(recipe["beta1"], recipe["beta2"]), fused=device.type in ("cpu", "cuda"))
@@ -633,8 +737,9 @@ def backward(run, predict, batches, alpha, noise, objective, autocast):
         mine = {k: v[own_rows(run, m)] for k, v in noise.items()}
         last = m == len(batches) - 1 or run.world == 1
         with contextlib.nullcontext() if last else predict.no_sync():                   # DDP averages once
+            x = x.to(run.device, non_blocking=run.device.type == "cuda")
+            x = run.dataset.sample(x, mine.pop("posterior", None))                      # (b, C, H, W)
             with autocast():
-                x = x.to(run.device, non_blocking=run.device.type == "cuda")
                 loss, stats = alpha_flow_loss(predict, x, y, alpha, **mine, **objective)
             (loss / len(batches)).backward()
         for name, value in {"loss": loss.detach(), **stats}.items():
@@ -642,7 +747,7 @@ def backward(run, predict, batches, alpha, noise, objective, autocast):
     return total
 
 
-def train(run, evaluate=None):
+def train(run):
     """The loop. Step k is a function of the state after step k-1 and of (seed, k): to resume is to go on."""
     args, recipe, net, device = run.args, run.recipe, run.net, run.device
     steps, first = recipe["steps"], run.rank == 0
@@ -657,7 +762,8 @@ def train(run, evaluate=None):
                                         "shrink_c")}
     objective.update(null=net.config.classes, target_net=fast, derivative=derivative)
 
-    write = open_log(run) if first else None
+    latents = isinstance(run.dataset, data.Latents)
+    write, flops = open_log(run) if first else None, flops_of_forward(net.config)
     loader, stop_asked = data.prefetch(micro_batches(run)), catch_signals()
     clock, waited, logged = time.perf_counter(), 0.0, run.start - 1
     bar = tqdm(range(run.start, steps), initial=run.start, total=steps, disable=None if first else True)
@@ -665,7 +771,7 @@ def train(run, evaluate=None):
         asked = time.perf_counter()
         batches = [next(loader) for _ in range(args.accumulate)]
         waited += time.perf_counter() - asked
-        alpha, noise = alpha_of(recipe, step), draw(recipe, step, run.dataset.shape, device)
+        alpha, noise = alpha_of(recipe, step), draw(recipe, step, run.dataset.shape, device, latents)
         stats = backward(run, predict, batches, alpha, noise, objective, autocast)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), recipe["grad_clip"])
 
@@ -682,11 +788,14 @@ def train(run, evaluate=None):
         done = step + 1
         if step % args.log_every == 0 or stop or done == steps:
             stats, seconds = mean_over_processes(run, stats), time.perf_counter() - clock
-            bar.set_postfix(alpha=f"{alpha:.3g}", err=f"{stats['err']:.3g}")
+            speed = recipe["batch"] * (step - logged) / seconds
+            mfu = utilisation(run, alpha, speed, flops)
+            bar.set_postfix(alpha=f"{alpha:.3g}", err=f"{stats['err']:.3g}", img_s=f"{speed:.4g}",
+                            **({} if mfu is None else {"mfu": f"{mfu:.0%}"}))
             if first:
                 write({"step": step, **stats, "alpha": alpha, "lr": lr_at(recipe, step),
                        "grad_norm": norm.item(), "memory_mb": memory_mb(device),
-                       "images_per_s": recipe["batch"] * (step - logged) / seconds,
+                       "images_per_s": speed, **({} if mfu is None else {"mfu": mfu}),
                        "waiting": waited / seconds})            # share of the time, for pictures
             clock, waited, logged = time.perf_counter(), 0.0, step
         if first and (done % save_every == 0 or done == steps or stop):
@@ -696,8 +805,8 @@ def train(run, evaluate=None):
             preview(run.out / f"samples_{done:07d}.png", net, run.ema, run.dataset, device)
             curve(run.out / "log.jsonl", run.out / "curve.png")
             clock += time.perf_counter() - began                # images_per_s is about training alone
-        if evaluate and not stop and (done % args.eval_every == 0 or done == steps):
-            began, values = time.perf_counter(), evaluate()     # on all processes
+        if run.evaluate and not stop and (done % args.eval_every == 0 or done == steps):
+            began, values = time.perf_counter(), run.evaluate()     # on all processes
             if first:
                 write({"step": step, **values})
                 bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
@@ -709,15 +818,20 @@ def train(run, evaluate=None):
 
 def main():
     args = parse_flags()
+    if args.list:
+        print(list_recipes())
+        return
     rank, world, device = start_processes(args.device)
     run = assemble(args, rank, world, device)
-    evaluate = evaluation(run)
+    run.evaluate = evaluation(run)                              # may fail: before anything is written
     steps = run.recipe["steps"]
     if rank == 0:
         about, parameters = run.dataset.describe(), sum(p.numel() for p in run.net.parameters())
         print(f"{run.recipe['model']} on {about['name']}: {parameters:,} parameters, {about['count']:,} "
-              f"pictures {'x'.join(map(str, about['shape']))}, {about['classes']} classes")
+              f"{about.get('kind', 'pictures')} {'x'.join(map(str, about['shape']))}, "
+              f"{about['classes']} classes")
         print(textwrap.fill("recipe: " + ", ".join(f"{k} {v}" for k, v in run.recipe.items()), 110))
+        print(cost_report(run))
         if run.start:
             print(f"resuming at step {run.start} of {steps}")
         run.out.mkdir(parents=True, exist_ok=True)
@@ -725,17 +839,18 @@ def main():
             for old in [run.out / "ckpt.pt", *run.out.glob("samples_*.png")]:
                 old.unlink(missing_ok=True)
         (run.out / "recipe.json").write_text(json.dumps(run.recipe, indent=1) + "\n")
-    finished = train(run, evaluate) if run.start < steps else steps
+    finished = train(run) if run.start < steps else steps
     if rank == 0:
         ckpt = run.out / "ckpt.pt"
         if finished < steps:
             print(f"stopped after step {finished} of {steps}; saved. "
                   f"Continue with: python train.py --resume {ckpt}")
         else:
-            labels = torch.arange(10) % run.dataset.classes
+            labels, pictures = torch.arange(10) % run.dataset.classes, ""
             if run.dataset.shape[0] in (1, 3):
+                pictures = "samples_*.png, trajectory.gif, "
                 sample.trajectory(run.ema, data.to_uint8, labels, "ode", 0, run.out / "trajectory.gif")
-            print(f"done: {run.out}/ holds ckpt.pt, samples_*.png, curve.png, trajectory.gif and log.jsonl. "
+            print(f"done: {run.out}/ holds ckpt.pt, {pictures}curve.png and log.jsonl. "
                   f"Next: python sample.py --ckpt {ckpt} --nfe 1")
     if world > 1:
         dist.destroy_process_group()
