@@ -83,7 +83,8 @@ def distance(args):
 
 class Numbers:
     """In place of an Extractor: rows of 2048 random numbers a picture, so that only the rest is measured."""
-    name, metric, network, net, stats_device = "numbers", "fid", None, None, "cpu"
+    name, metric, network, net = "numbers", "fid", None, None
+    device = stats_device = torch.device("cpu")
 
     def dims(self, shape):
         return {"features": 2048}

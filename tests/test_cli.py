@@ -192,6 +192,17 @@ fid.py --pictures digits --ref digits --num 9999
 fid.py --pictures digits --ref digits --size 8
 fid.py --pictures digits --ref digits --nfe 2
 fid.py --pictures digits --ref digits --save-pictures x
+fid.py --pictures text.pt --ref digits
+fid.py --pictures nowhere.npz --ref digits
+fid.py --pictures digits --ref text.pt
+fid.py --pictures digits --ref ''
+fid.py --pictures digits --ref digits --seed 1
+fid.py --pictures digits --ref digits --weights text.pt
+fid.py --pictures digits --save-stats x.npz --kid
+fid.py --pictures digits --save-stats x.txt
+fid.py --pictures digits --ref digits --num 5 --prdc
+fid.py --ckpt run/ckpt.pt --nfe 100000000000
+fid.py --ckpt run/ckpt.pt --num 100000000000000
 train.py --eval-every 0
 train.py --eval-every 2 --eval-num 1
 train.py --eval-every 2 --eval-features vgg

@@ -72,6 +72,17 @@ def test_a_shift_by_d_costs_d_squared_and_no_shift_nothing(case):
     assert 0 <= frechet_distance(mu, cov, mu, cov) < 1e-11 * np.trace(cov)
 
 
+@pytest.mark.parametrize("smallest", [1e-2, 1e-5])     # by Cholesky, and where an axis is near 0 by eigh
+def test_a_known_root(smallest):
+    # With Σ2 = T·Σ1·T, T symmetric and positive, the root of Σ1·Σ2 has the trace of T·Σ1.
+    rng, d = np.random.default_rng(0), 200
+    q = np.linalg.qr(rng.normal(size=(d, d)))[0]
+    cov1, T = np.diag(np.geomspace(smallest**2, 4, d)), (q * np.linspace(0.5, 2, d)) @ q.T
+    cov2 = T @ cov1 @ T
+    exact = np.trace(cov1) + np.trace(cov2) - 2 * np.trace(T @ cov1)
+    assert frechet_distance(np.zeros(d), cov1, np.zeros(d), (cov2 + cov2.T) / 2) == approx(exact, rel=1e-11)
+
+
 def test_closed_forms():
     # Diagonal: every axis for itself, Σ (√a - √b)². An axis without any spread is allowed.
     a, b = np.array([4.0, 9.0, 0.0, 1e-3]), np.array([1.0, 0.0, 0.0, 1e3])
@@ -97,6 +108,8 @@ def test_the_distance_takes_torch_and_numpy():
     ("covariance shape", (np.zeros(0), np.ones((0, 0)), np.zeros(0), np.ones((0, 0)))),
     ("NaN", (np.zeros(2), np.eye(2), np.array([0, np.nan]), np.eye(2))),
     ("infinity", (np.zeros(2), np.full((2, 2), np.inf), np.zeros(2), np.eye(2))),
+    ("negative", (np.zeros(2), np.eye(2), np.zeros(2), -np.eye(2))),
+    ("negative", (np.zeros(2), np.array([[1.0, 2.0], [2.0, 1.0]]), np.zeros(2), np.eye(2))),
     ("symmetric", (np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]), np.zeros(2), np.eye(2)))])
 def test_what_is_no_pair_of_distributions_is_refused(what, bad):
     with pytest.raises(ValueError, match=what):
@@ -242,6 +255,7 @@ def test_kid_is_unbiased_and_exact():
     expected = (np.mean([k(rows[i], rows[j]) + k(y[i], y[j]) for i, j in pairs])
                 - 2 * np.mean([k(a, b) for a in rows for b in y]))
     assert fid.kernel_distance(x, y, subsets=1, size=5) == approx((expected, 0), rel=1e-12)
+    assert fid.kernel_distance(x[:5], y) == fid.kernel_distance(x[:5], y, subsets=1)    # all would be equal
     # Equal distributions: 0 on average and below 0 half of the time, however small the subsets are.
     many, more = torch.randn(2, 4000, 8, generator=g)
     draws = [fid.kernel_distance(many, more, subsets=1, size=20, seed=s)[0] for s in range(400)]

@@ -541,6 +541,20 @@ def test_the_protocol_tells_how_pictures_were_drawn_and_defaults_are_the_usual_o
     assert found["pictures"]["labels"] == "random"
 
 
+def test_fewer_pictures_are_spread_over_all_and_classes_are_those_the_network_knows(command, colour):
+    real = write("npz", "real", pictures(20, 8, 8, 1))
+    found, _ = command("--pictures", real, "--ref", real, "--num", 5, "--features", "inception")
+    assert found["pictures"]["chosen"] == "5 of 20, evenly spaced" and found["pictures"]["count"] == 5
+    some = fid.evenly(fid.from_npz(real), 5)
+    assert torch.equal(some.read(range(5)), fid.from_npz(real).read([0, 4, 8, 12, 16]))
+    # The reference has two classes, the network ten: how often they occur, its checkpoint knows.
+    other = write("prepared", "other", pictures(70, 8, 8, 1))
+    save("grey.pt")
+    assert command("--ckpt", "grey.pt", "--ref", other)[0]["pictures"]["labels"] == "data"
+    same, _ = command("--ckpt", "grey.pt", "--ref", "grey.pt", "--num", 70)     # drawn from the next seed
+    assert same["reference"]["seed"] == 1 and same["metrics"]["pixels"]["pixels"] > 0.1
+
+
 SIX = ["--data", "digits", "--model", "Ti/8", "--batch", 8, "--steps", 6, "--lr", "1e-3", "--warmup", 2,
        "--device", "cpu", "--log-every", 1, "--preview-every", 6, "--save-every", 3]
 EVAL = [*SIX, "--eval-every", 3, "--eval-num", 70]
