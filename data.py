@@ -23,6 +23,7 @@ A broken run is continued by typing the same command again. The rest of the prog
 import argparse
 import contextlib
 import datetime
+import functools
 import gzip
 import hashlib
 import http.client
@@ -161,6 +162,7 @@ class Dataset:
         self.seed, self.flip = int(seed), bool(flip)
         try:
             self.shape, self.range = tuple(map(int, meta["shape"])), tuple(map(int, meta["range"]))
+            self.picture_shape = self.shape
             self.classes, self.names = int(meta["classes"]), list(map(str, meta["names"]))
             self.source, n = str(meta["source"]), int(meta["count"])
             (C, H, W), (lo, hi) = self.shape, self.range
@@ -257,12 +259,32 @@ class Latents(Dataset):
             raise UserError(f"data set {name} does not fit together: stats {stats.dtype} {stats.shape}, "
                             f"expected float64 {(2, *self.shape)}, variances above 0; prepare it again")
         self.mean, self.std = (torch.from_numpy(a).float() for a in (stats[0], np.sqrt(stats[1])))
+        self.origin = {k: meta.get(k) for k in ("src", "files", "size", "crop", "limit", "left_out", "vae")}
+        self.picture_shape = (3, *(8 * side for side in self.shape[1:]))
 
     def describe(self):
-        return {"kind": "latents", **super().describe()}
+        return {"kind": "latents", "vae": (self.origin["vae"] or {}).get("name"), **super().describe()}
+
+    @functools.cached_property
+    def files(self):
+        """The pictures that the latents were made from, in their order; UserError if they have changed."""
+        src = Path(self.origin["src"] or "")
+        if not self.origin["src"] or not src.is_dir():
+            raise UserError(f"the pictures that {self.name} was made from are not at {src} any more")
+        files, labels, _ = listing(src)
+        if self.origin["limit"]:
+            files = [files[i] for i in spread(labels, self.origin["limit"])]
+        if _names(src, files) != self.origin["files"]:
+            raise UserError(f"{src} has changed since {self.name} was made from it")
+        bad = {src / file for file in self.origin["left_out"]}
+        return [file for file in files if file not in bad]
 
     def pictures(self, index):
-        raise UserError(f"data set {self.name} holds latents, no pictures: name one that does")
+        """The real pictures at `index`, as the VAE saw them, float32 (b, 3, H, W) in [-1, 1]."""
+        files = np.asarray(self.files, dtype=object)[index].ravel()
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            u = list(pool.map(lambda file: picture(file, self.origin["size"], self.origin["crop"]), files))
+        return torch.from_numpy(np.stack(u)).float() / 127.5 - 1
 
     def _read(self, rows):
         return torch.from_numpy(np.asarray(self.images[rows]))                    # (b, 8, h, w) float16
@@ -706,6 +728,11 @@ def _key(src, out, files, settings):
     return hashlib.sha256(repr((settings, stats)).encode(errors="surrogateescape")).hexdigest()
 
 
+def _names(src, files):
+    names = "\n".join(str(file.relative_to(src)) for file in files)
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
+
 def _attempt(*args):
     """picture(*args), or what is wrong with the file, a str."""
     try:
@@ -921,7 +948,7 @@ def _plan(src, out, tree, limit, settings):
     (out / "chunks").mkdir(exist_ok=True)
     if (out / "moments.npy").exists():  # the last run ended between this name and meta.json
         os.replace(out / "moments.npy", out / "moments.npy.part")
-    job = dict(settings, src=src, out=out, key=key, names=names, labels=labels, shape=shape,
+    job = dict(settings, src=src, out=out, key=key, names=names, labels=labels, shape=shape, limit=limit,
                files=[str(p) for p in files], chunks=-(-len(files) // settings["batch"]), record=record)
     part = out / "moments.npy.part"
     if not part.exists() or part.stat().st_size < _joined(job):
@@ -1010,7 +1037,8 @@ def _join(job):
     with replacing(out / "stats.npy") as file:
         np.save(file, statistics(np.load(part, mmap_mode="r")))
     shutil.rmtree(out / "chunks", ignore_errors=True)
-    more = {k: job[k] for k in ("kind", "size", "crop", "precision", "vae", "batch")}
+    more = {k: job[k] for k in ("kind", "size", "crop", "limit", "precision", "vae", "batch")}
+    more |= {"src": str(job["src"].resolve()), "files": _names(job["src"], map(Path, job["files"]))}
     more["left_out"] = [os.path.relpath(job["files"][i], job["src"]) for i in sorted(bad)]
     how = "ADM's crop" if job["crop"] == "adm" else "centre crop, Lanczos"
     source = (f"pictures in {job['src'].resolve().name}, {how} to {job['size']}x{job['size']}, latents "

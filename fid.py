@@ -810,10 +810,18 @@ class Pictures:
 
 
 def from_dataset(dataset):
-    """Pictures of a data.Dataset, by the uint8 rule of drawn ones: a range of 0..16 becomes 0..255."""
-    return Pictures(dataset.name, len(dataset), dataset.shape,
-                    lambda rows: data.to_uint8(dataset.pictures(list(rows))),
-                    {"range": list(dataset.range)}, label_counts=dataset.describe()["label_counts"],
+    """Pictures of a data.Dataset, by the uint8 rule of drawn ones: a range of 0..16 becomes 0..255.
+
+    Of latents they are the real pictures that the VAE saw; UserError if those have gone.
+    """
+    if isinstance(dataset, data.Latents):
+        protocol = {"resized": "{crop} crop to {size}x{size}".format(**dataset.origin)}
+        dataset.files                       # looks whether they are still there
+    else:
+        protocol = {"range": list(dataset.range)}
+    return Pictures(dataset.name, len(dataset), tuple(dataset.picture_shape),
+                    lambda rows: data.to_uint8(dataset.pictures(list(rows))), protocol,
+                    label_counts=dataset.describe()["label_counts"],
                     file=getattr(dataset.images, "filename", None))
 
 

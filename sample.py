@@ -224,7 +224,7 @@ def latent_decoder(ckpt, config, path, device, precision="bf16"):
     @functools.cache
     def vae():
         if not (state := ckpt.get("vae")):
-            return data.find_vae(device=device)
+            return data.find_vae(name=ckpt["latents"].get("vae") or "ema", device=device)
         try:
             state = {name: w.to(device, torch.float32, copy=True) for name, w in state.items()}
             return data.build_vae(state)

@@ -480,9 +480,8 @@ def evaluation(run):
     All processes must call it, each draws its share. What it needs is fetched and measured here, before
     training: networks and the statistics of the real pictures.
     """
-    if run.args.eval_every and isinstance(run.dataset, data.Latents):
-        raise ValueError(f"--eval-every needs pictures, and {run.recipe['data']} holds latents: "
-                         "measure the checkpoints with fid.py")
+    if run.args.eval_every and not run.decode:
+        raise ValueError("--eval-every needs the VAE and a GPU: python data.py vae-check PICTURE fetches it")
     if not run.args.eval_every:
         if run.args.eval_num or run.args.eval_features:
             raise ValueError("--eval-num and --eval-features do nothing without --eval-every STEPS")
@@ -501,7 +500,7 @@ def evaluation(run):
     def evaluate():
         values = {"eval_num": num}
         for nfe in (1, 2):
-            made = fid.from_network(run.ema, data.to_uint8, num, "data", sample.uniform_grid(nfe),
+            made = fid.from_network(run.ema, run.decode, num, "data", sample.uniform_grid(nfe),
                                     label_counts=real.label_counts)
             found = fid.measure(made, extractors, what=f"{nfe} NFE", **share)
             for e in extractors:
@@ -547,14 +546,26 @@ def memory_mb(device):
     return peak / 2**(20 if sys.platform == "darwin" else 10)
 
 
-def preview(path, net, ema, dataset, device, columns=20):
+def decoder(dataset, config, device):
+    """What makes uint8 pictures of the network's samples; None if that is not possible here, or too slow."""
+    if not isinstance(dataset, data.Latents):
+        return data.to_uint8 if dataset.shape[0] in (1, 3) else None
+    latents = {"mean": dataset.mean, "std": dataset.std, "vae": dataset.describe()["vae"]}
+    try:
+        if device.type == "cpu":
+            return None                                         # eight seconds a picture
+        data.find_vae(name=latents["vae"], download=False)
+    except (data.UserError, KeyError):                          # not in the cache: pictures can wait
+        return None
+    return sample.latent_decoder({"latents": latents}, config, "the data set", device)
+
+
+def preview(path, net, ema, dataset, device, decode, columns=20):
     """The same noise through raw and averaged weights in one and two evaluations: four rows of pictures."""
-    if dataset.shape[0] not in (1, 3):                          # nothing an eye could read
-        return
-    columns = max(10, min(columns, 1280 // max(48, dataset.shape[-1])))
+    columns = max(10, min(columns, 1280 // max(48, dataset.picture_shape[-1])))
     labels = (torch.arange(columns) % dataset.classes).to(device)
     noise = sample.noise_for(range(columns), dataset.shape, seed=0).to(device)
-    rows = [data.to_uint8(sample.ode(model, noise, labels, sample.uniform_grid(nfe))).cpu()
+    rows = [decode(sample.ode(model, noise, labels, sample.uniform_grid(nfe))).cpu()
             for model in (net, ema) for nfe in (1, 2)]
     names = ["raw, 1 NFE", "raw, 2 NFE", "EMA, 1 NFE", "EMA, 2 NFE"]
     sample.contact_sheet(torch.cat(rows), columns, captions=names).save(path)
@@ -619,6 +630,7 @@ class Run:
     rank: int
     world: int
     device: torch.device
+    decode: object = None                                       # samples -> uint8 pictures, if possible
     evaluate: object = None                                     # what --eval-every calls
 
     def checkpoint(self, finished):
@@ -626,7 +638,8 @@ class Run:
                 "optimizer": self.optimizer.state_dict(), "step": finished, "data": self.dataset.describe(),
                 "config": {"model": dataclasses.asdict(self.net.config), "recipe": self.recipe}}
         if isinstance(self.dataset, data.Latents):              # without them no sample can be decoded
-            ckpt["latents"] = {"mean": self.dataset.mean.cpu(), "std": self.dataset.std.cpu()}
+            ckpt["latents"] = {"mean": self.dataset.mean.cpu(), "std": self.dataset.std.cpu(),
+                               "vae": self.dataset.describe()["vae"]}
         return ckpt
 
 
@@ -806,7 +819,8 @@ def train(run):
             save(run.out / "ckpt.pt", run.checkpoint(done))     # before the pictures: nothing may cost a save
         if first and (done % preview_every == 0 or done == steps):
             began = time.perf_counter()
-            preview(run.out / f"samples_{done:07d}.png", net, run.ema, run.dataset, device)
+            if run.decode:
+                preview(run.out / f"samples_{done:07d}.png", net, run.ema, run.dataset, device, run.decode)
             curve(run.out / "log.jsonl", run.out / "curve.png")
             clock += time.perf_counter() - began                # images_per_s is about training alone
         if run.evaluate and not stop and (done % args.eval_every == 0 or done == steps):
@@ -827,6 +841,7 @@ def main():
         return
     rank, world, device = start_processes(args.device)
     run = assemble(args, rank, world, device)
+    run.decode = decoder(run.dataset, run.net.config, device)
     run.evaluate = evaluation(run)                              # may fail: before anything is written
     steps = run.recipe["steps"]
     if rank == 0:
@@ -851,9 +866,9 @@ def main():
                   f"Continue with: python train.py --resume {ckpt}")
         else:
             labels, pictures = torch.arange(10) % run.dataset.classes, ""
-            if run.dataset.shape[0] in (1, 3):
+            if run.decode:
                 pictures = "samples_*.png, trajectory.gif, "
-                sample.trajectory(run.ema, data.to_uint8, labels, "ode", 0, run.out / "trajectory.gif")
+                sample.trajectory(run.ema, run.decode, labels, "ode", 0, run.out / "trajectory.gif")
             print(f"done: {run.out}/ holds ckpt.pt, {pictures}curve.png and log.jsonl. "
                   f"Next: python sample.py --ckpt {ckpt} --nfe 1")
     if world > 1:

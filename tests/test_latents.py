@@ -23,6 +23,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import fid  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 
@@ -412,11 +413,29 @@ def test_posterior_noise_is_fresh_in_each_step_and_disturbs_nothing_else():
     assert not torch.equal(a["posterior"], b["posterior"]) and not torch.equal(a["posterior"], a["e"])
 
 
-def test_latents_are_neither_flipped_nor_shown(mine):
+def test_latents_are_not_flipped(mine):
     with pytest.raises(data.UserError, match="would mirror latents"):
         data.load(mine, flip=True)
-    with pytest.raises(data.UserError, match="holds latents, no pictures"):
-        data.load(mine).pictures([0])
+
+
+def test_the_real_pictures_are_those_that_the_vae_saw(src, mine, tmp_path):
+    ds = data.load(mine)
+    real = fid.from_dataset(ds)
+    assert (real.count, real.shape) == (41, (3, 32, 32)) and not {Path(f) for f in ds.files} & BAD
+    for k in (0, 17, 40):                               # the moments of picture k are made of picture k
+        u = real.read([k])[0]
+        assert torch.equal(u, torch.tensor(data.picture(ds.files[k], 32)))
+        mean = torch.nn.functional.avg_pool2d(u.float() / 127.5 - 1, 8) * 3
+        assert (torch.from_numpy(ds.images[k, :3].astype(np.float32)) - mean).abs().max() < 0.1
+    moved = shutil.copytree(src, tmp_path / "src")
+    data.latents(moved, tmp_path / "out", **SMALL, limit=9)
+    assert len(fid.from_dataset(data.load(tmp_path / "out")).read(range(8))) == 8
+    next(file for file in data.load(tmp_path / "out").files).unlink()
+    with pytest.raises(data.UserError, match="has changed"):
+        fid.from_dataset(data.load(tmp_path / "out"))
+    shutil.rmtree(moved)
+    with pytest.raises(data.UserError, match="not at"):
+        fid.from_dataset(data.load(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name, spoil", [
@@ -472,7 +491,7 @@ def test_training_one_process_two_processes_and_resumed(mine, tmp_path):
 
 def test_what_training_on_latents_refuses(mine, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for args, words in [(["--flip"], "would mirror latents"), (["--eval-every", 1], "needs pictures"),
+    for args, words in [(["--flip"], "would mirror latents"), (["--eval-every", 1], "needs the VAE"),
                         (["--model", "B/2", "--data", "imagenet256"], "data.py imagenet --src"),
                         (["--model", "Ti/3"], "not divisible by patch 3")]:
         flags = ["--data", str(mine), "--device", "cpu", *map(str, args)]
