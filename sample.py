@@ -5,7 +5,7 @@ From a checkpoint to pictures, in one evaluation of the network or a few.
     python sample.py --ckpt out/digits/ckpt.pt --grid 1,0.55,0 --sampler consistency --classes 3,1,4
     python sample.py --ckpt out/digits/ckpt.pt --num 1000 --out out/many.npz  # or out/many/ for PNGs
     python sample.py --ckpt out/digits/ckpt.pt --trajectory out/digits/trajectory.gif
-    torchrun --nproc_per_node=8 -- sample.py --ckpt out/digits/ckpt.pt --num 50000 --out out/many/
+    torchrun --nproc_per_node=8 -- sample.py --ckpt out/digits/ckpt.pt --num 50000 --out out/many.npz
     python sample.py --ckpt alphaflow-XL-2-plus-cfg.pt --nfe 2                # released weights
 
 t = 1 is noise, t = 0 is data. The network gives u(z, t, r, y), the average velocity of the jump from t
@@ -14,21 +14,27 @@ The paper has two samplers: one follows such jumps, the other jumps to t = 0 eac
 back.
 
 The noise of picture k depends on the seed and k alone, not on the batch size or the number of processes.
+Many pictures that were interrupted, in an .npz or a folder, go on where they were with the same command.
 """
+import datetime
 import functools
 import io
+import json
 import math
 import mmap
 import os
 import pickle
+import re
 import tempfile
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -706,7 +712,122 @@ def trajectory(net, decode, labels, sampler, seed, path, steps=16):
                        duration=[150] * steps + [2000])
 
 
-# ------------------------------------------------------------------ many pictures in one file
+# ------------------------------------------------------------------ many pictures
+
+# The pictures are cut into chunks of --batch, and a chunk is always drawn as a whole: the rounding within
+# a batch depends on its company, so this alone makes the same bytes of any number of processes, restarted
+# or not. For a folder the chunk becomes PNGs right there; for an .npz it is a file in a folder beside it.
+# Either has its name when it is whole: there is no other record of what is done.
+RECORD = ".sampling.json"  # in that folder until all is there: what the pictures depend on
+
+
+def parts_of(path):
+    """The folder beside the .npz `path` where its chunks wait for each other."""
+    return path.with_name(path.name + ".parts")
+
+
+def check_unfinished(folder, kind, key, what):
+    """UserError, begun with `what`, unless `folder` is empty, absent or an unfinished run of this `key`."""
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if not (made := names - {RECORD, f".{RECORD}.part"}):
+        return
+    piece = re.compile(r"\d+\.X|\.\d+\.X\.part".replace("X", "png" if kind == "folder" else "raw"))
+    if key is None or RECORD not in names or not all(map(piece.fullmatch, made)):
+        raise UserError(f"{what} is not empty, old pictures would mix with new ones: give another")
+    try:
+        theirs = dict(json.loads((folder / RECORD).read_text()))
+    except (ValueError, TypeError):
+        theirs = {}
+    if other := [name for name in key if theirs.get(name) != key[name]]:
+        raise UserError(f"{what} holds pictures of an interrupted run with other {', '.join(other)}: "
+                        "repeat its command to go on, delete that folder, or give another")
+
+
+def whole_pieces(folder, kind, num, batch, shape):
+    """-> the first pictures of those chunks that are in `folder`, up to the last byte."""
+    names, done = set(os.listdir(folder)), set()
+
+    def whole(k, end):
+        file = folder / (f"{k:06d}.png" if kind == "folder" else f"{k:06d}.raw")
+        if file.name not in names:    # not asked for by name: network disks remember a No for a while
+            return False
+        if kind == "npz":
+            return file.stat().st_size == (end - k) * math.prod(shape)
+        with open(file, "rb") as png:  # a power cut may have left the name and not the bytes
+            png.seek(-min(8, file.stat().st_size), os.SEEK_END)
+            return png.read() == b"IEND\xaeB`\x82"
+
+    for start in range(0, num, batch):
+        end = min(num, start + batch)
+        if all(whole(k, end) for k in (range(start, end) if kind == "folder" else [start])):
+            done.add(start)
+    return done
+
+
+def share_out(folder, kind, key, num, batch, shape, rank, world):
+    """Make `folder` ours. -> the first pictures of the chunks that process `rank` has yet to draw."""
+    keys, box = [key] * world, [None]
+    if world > 1:  # also a barrier: nobody may write before everybody has seen an empty folder
+        dist.all_gather_object(keys, key)
+    if any(other != key for other in keys):
+        raise UserError("the processes do not see the same checkpoint and flags: start all with one "
+                        "command, when nothing writes to the checkpoint")
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        for half in folder.glob(".*.part"):  # what a kill has left: nobody writes yet
+            half.unlink()
+        with data.replacing(folder / RECORD) as file:
+            file.write(json.dumps(key).encode())
+        done = whole_pieces(folder, kind, num, batch, shape)
+        box = [[start for start in range(0, num, batch) if start not in done]]
+        if done:
+            left = sum(min(batch, num - start) for start in box[0])
+            print(f"going on: {num - left} of {num} pictures are there")
+    if world > 1:
+        dist.broadcast_object_list(box)
+    return box[0][rank::world]
+
+
+def write_pieces(folder, kind, starts, draw):
+    """Write the chunks that begin at the pictures `starts`. draw(start): uint8 (b, C, H, W), b <= batch.
+
+    Threads encode and write one chunk while the next is drawn; no more than two are in memory.
+    """
+    def png(k, picture):
+        write_png(folder / f"{k:06d}.png", picture)
+
+    def raw(start, pictures):
+        with data.replacing(folder / f"{start:06d}.raw") as file:
+            file.write(pictures.numpy().tobytes())                                       # (b, C, H, W)
+
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with ThreadPoolExecutor(max(1, min(16, cores))) as pool:
+        writing = ()
+        for start in starts:
+            pictures = draw(start)
+            list(writing)  # waits, and raises what a thread has raised
+            writing = (pool.map(png, range(start, start + len(pictures)), pictures) if kind == "folder"
+                       else pool.map(raw, [start], [pictures]))
+        list(writing)
+
+
+def join_parts(path, labels, batch, shape):
+    """Stream all chunks into the .npz `path` and delete them. UserError if one cannot be seen from here."""
+    parts, starts = parts_of(path), range(0, len(labels), batch)
+
+    def read():
+        for start in tqdm(starts, desc=path.name, unit="chunk", disable=None):
+            raw = np.fromfile(parts / f"{start:06d}.raw", np.uint8)
+            yield torch.from_numpy(raw).view(-1, *shape)                                 # (b, C, H, W)
+
+    try:
+        write_npz(path, read(), labels, shape)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: all processes must write to one disk") from None
+    for start in starts:  # the record goes last: until then this folder is known as ours
+        (parts / f"{start:06d}.raw").unlink(missing_ok=True)
+    (parts / RECORD).unlink()
+    parts.rmdir()
 
 
 def write_npz(path, batches, labels, shape):
@@ -749,7 +870,8 @@ def parse():
     group.add_argument("--sampler", choices=["ode", "consistency"],
                        help="follow the jumps, or jump to the picture each time and put noise back "
                        "(default: ode; of a released file without --grid, as published)")
-    group.add_argument("--batch", type=int, default=256, metavar="N", help="pictures at a time")
+    group.add_argument("--batch", type=int, default=256, metavar="N",
+                       help="pictures at a time; another number may change how a picture is rounded")
     group.add_argument("--device", metavar="NAME", help="default: cuda, else mps, else cpu")
     group.add_argument("--precision", default="bf16", choices=["bf16", "fp32"],
                        help="of the VAE that decodes latents, on CUDA; fp32 elsewhere")
@@ -762,18 +884,24 @@ def parse():
     return parser.parse_args()
 
 
-def place(out, trajectory, world, num, flag="--out"):
-    """(path, kind) of the output, kind "png", "npz" or "folder"; UserError if it cannot be written."""
+def place(out, trajectory, world, num, flag="--out", key=None):
+    """(path, kind) of the output, kind "png", "npz" or "folder"; UserError if it cannot be written.
+
+    key: what the pictures depend on; unfinished pictures of the same may be there. None: none may.
+    """
     path = Path(out)
     kind = "folder" if out.endswith("/") or path.is_dir() or not path.suffix else path.suffix.lower()[1:]
     if kind not in ("png", "npz", "folder"):
         raise UserError(f"{flag} {out}: give FILE.png for a grid, FILE.npz, or FOLDER/ with its slash")
     if kind == "png" and num > 4096:
         raise UserError(f"--num {num}: a grid shows 4096 at most, give --out FOLDER/ or --out FILE.npz")
-    if kind != "folder" and world > 1:
-        raise UserError(f"{flag} {out}: several processes write a folder of PNGs, give --out FOLDER/")
-    if kind == "folder" and path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{flag} {out} is not empty, old pictures would mix with new ones: give another")
+    if kind == "png" and world > 1:
+        raise UserError(f"{flag} {out}: several processes write many pictures, give --out FILE.npz or "
+                        "--out FOLDER/")
+    if kind == "folder":
+        check_unfinished(path, kind, key, f"{flag} {out}")
+    elif kind == "npz":
+        check_unfinished(parts_of(path), kind, key, f"{flag} {out}: {parts_of(path)}")
     if trajectory and (trajectory.suffix.lower() != ".gif" or trajectory.is_dir()):
         raise UserError(f"--trajectory {trajectory}: give FILE.gif")
     targets = [path if kind == "folder" else path.parent] + ([trajectory.parent] if trajectory else [])
@@ -786,6 +914,33 @@ def place(out, trajectory, world, num, flag="--out"):
     return path, kind
 
 
+def identity(args, grid, sampler, device):
+    """All that the pictures depend on, by the flag that says it, as JSON would give it back."""
+    about = args.ckpt.stat()  # no checksum: in every process it would be gigabytes to read
+    return {"--ckpt": [about.st_size, about.st_mtime_ns], "--ema or --raw": args.weights, "times": grid,
+            "--sampler": sampler, "--classes": args.classes, "--seed": args.seed, "--batch": args.batch,
+            "--precision": args.precision, "--device": device.type}
+
+
+def write_many(path, kind, key, labels, batch, shape, draw, rank, world):
+    """Draw all pictures, on all processes, into the .npz or the folder `path`, or what is left of them.
+
+    draw(start, progress): the chunk that begins at picture `start`, uint8 (b, C, H, W), shape (C, H, W).
+    """
+    folder, num = path if kind == "folder" else parts_of(path), len(labels)
+    starts = share_out(folder, kind, key, num, batch, shape, rank, world)
+    total, what = sum(min(batch, num - start) for start in starts), f"process 0 of {world}"
+    with tqdm(desc=what if world > 1 else None, total=total, unit="img",
+              disable=True if rank else None) as bar:
+        write_pieces(folder, kind, starts, lambda start: draw(start, bar.update))
+    if world > 1:
+        dist.barrier()
+    if rank == 0 and kind == "npz":
+        join_parts(path, labels, batch, shape)
+    elif rank == 0:
+        (folder / RECORD).unlink()
+
+
 def main():
     args = parse()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -795,6 +950,7 @@ def main():
         raise UserError(f"--batch {args.batch}: give 1 or more")
     device = pick_device(args.device)
     ckpt = read(args.ckpt)
+    key = identity(args, grid, sampler, device)  # first: the file may be replaced while it is read
     net, decode = load(args.ckpt, args.weights, device, args.precision)
     if note and rank == 0:
         print(note)
@@ -806,33 +962,33 @@ def main():
     labels = make_labels(args.classes, num, cfg.classes, args.seed, about.get("label_counts"))
     shape = decode(torch.zeros(1, cfg.channels, cfg.size, cfg.size, device=device)).shape[1:]
     out = args.out or args.ckpt.parent / f"grid_{sampler}_nfe{len(grid) - 1}_{args.weights}.png"
-    path, kind = place(str(out), args.trajectory, world, num)
+    key["--num"] = num
+    path, kind = place(str(out), args.trajectory, world, num, key=key)
     if kind != "npz" or args.trajectory:
         as_image(torch.zeros(shape, dtype=torch.uint8))  # says so now if this is no picture
-    if world > 1:  # nobody may write before everybody has seen an empty folder
-        torch.distributed.init_process_group("gloo")
-        torch.distributed.barrier()
+    if world > 1:  # messages between CPUs alone; one process may finish days before another
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
 
-    mine = range(rank, num, world)
-    with tqdm(total=len(mine), unit="img", disable=True if rank else None) as bar:
-        batches = generate(net, decode, labels, grid, sampler, args.seed, args.batch, mine,
-                           progress=bar.update)
-        if kind == "npz":
-            write_npz(path, batches, labels, shape)
-        elif kind == "folder":
-            for k, picture in zip(mine, (picture for pictures in batches for picture in pictures)):
-                write_png(path / f"{k:06d}.png", picture)
-        else:
-            names = about.get("names") or []
-            names = names if len(names) == cfg.classes else range(cfg.classes)
-            sheet = labelled_grid(torch.cat(list(batches)), labels, names)
-            with data.replacing(path) as file:
-                sheet.save(file, format="PNG")
+    def draw(start, progress):
+        pictures, = generate(net, decode, labels, grid, sampler, args.seed, args.batch,
+                             range(start, min(num, start + args.batch)), progress)
+        return pictures
+
+    if kind == "png":
+        with tqdm(total=num, unit="img", disable=None) as bar:
+            pictures = torch.cat([draw(start, bar.update) for start in range(0, num, args.batch)])
+        names = about.get("names") or []
+        names = names if len(names) == cfg.classes else range(cfg.classes)
+        sheet = labelled_grid(pictures, labels, names)
+        with data.replacing(path) as file:
+            sheet.save(file, format="PNG")
+    else:
+        write_many(path, kind, key, labels, args.batch, shape, draw, rank, world)
     if args.trajectory and rank == 0:
         trajectory(net, decode, labels[:10], sampler, args.seed, args.trajectory)
     if world > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        dist.barrier()
+        dist.destroy_process_group()
     if rank == 0:
         step = "" if ckpt.get("step") is None else f" of step {ckpt['step']}"
         print(f"wrote {path}{f' and {args.trajectory}' if args.trajectory else ''}: {num} pictures, "

@@ -337,12 +337,12 @@ def test_every_flag_in_a_documented_command_exists(lab, source):
 
 def test_every_flag_that_the_text_names_exists(lab):
     text = re.sub(r"^.*(-m venv|pip install).*$", "", readme(), flags=re.M)     # those are not ours, and
-    text = text.replace("`--nnodes`", "")                               # this one is torchrun's
+    text = text.replace("--nnodes", "")                                 # this one is torchrun's
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)(?![\w-])", text))    # torchrun's have _
     known = set()
     for program in PROGRAMS:
         known |= set(re.findall(r"--([a-z][a-z0-9-]+)", lab.run("--help", program=program).ok().out))
-    for command in ("folder", "mnist"):
+    for command in ("folder", "mnist", "imagenet", "vae-check"):
         text = lab.run(command, "--help", program="data.py").ok().out
         known |= set(re.findall(r"--([a-z][a-z0-9-]+)", text))
     assert named <= known, named - known
@@ -352,7 +352,7 @@ def trimmed(program, args):
     """The flags that make a command short, or None if it needs a download, a GPU or ImageNet."""
     if program == "data.py" or "cuda" in " ".join(args):
         return None
-    if program == "fid.py" and not any(arg.startswith("out/digits") for arg in args):
+    if program in ("fid.py", "sample.py") and not any(arg.startswith("out/digits") for arg in args):
         return None
     if program != "train.py":
         return {"sample.py": ["--num", "20"] if "--num" in args else [], "fid.py": ["--num", "100"],

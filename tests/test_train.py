@@ -25,12 +25,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from loss import du_dt  # noqa: E402
+from model import build  # noqa: E402
 
 CPU = torch.device("cpu")
 ENV = {**{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
@@ -645,6 +649,56 @@ def test_a_step_comes_in_the_middle_unless_told_otherwise():
 def test_flags_that_would_silently_do_something_else(flags):
     with pytest.raises(ValueError):
         resolved(*flags)
+
+
+def test_all_recipes_are_listed(lab):
+    said = lab.run("--list").ok().out
+    assert all(f"\n{name} (" in said for name in train.RECIPES) and "XL/2 (676.7 M parameters)" in said
+
+
+# ---- cost ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, size, channels", [("Ti/2", 8, 1), ("S/4", 16, 4)])
+def test_flops_are_those_that_pytorch_counts(name, size, channels):
+    net = build(name, size, channels, 10)
+    z, t = torch.zeros(1, channels, size, size), torch.zeros(1)
+    # Fused attention is not in the counter's table for CPUs, the plain one is.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        net(z, t, t, torch.zeros(1, dtype=torch.long))
+    assert train.flops_of_forward(net.config) == counter.get_total_flops()
+
+
+def test_xl_2_costs_what_the_dit_paper_says():
+    with torch.device("meta"):
+        config = build("XL/2", 32, 4, 1000).config
+    assert round(train.flops_of_forward(config) / 2e9, 1) == 118.6          # they count multiply-adds
+
+
+def test_a_step_in_forwards_of_its_batch():
+    plain = dict(fm_ratio=0.25, omega=1.0, kappa=0.0)
+    assert [train.forwards_of_step(plain, alpha) for alpha in (1, 0.5, 0)] == [3, 3.75, 4.5]
+    assert train.forwards_of_step(dict(plain, omega=0.2, kappa=0.92), 1) == 5
+
+
+def test_recomputing_changes_memory_and_not_the_gradient():
+    net = build("Ti/2", 8, 1, 10).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    z, t = torch.randn(3, 1, 8, 8).double(), torch.rand(3).double()
+    found = {}
+    for net.recompute in (False, True):
+        u = net(z, t, t / 2, torch.tensor([1, 2, 3]))
+        found[net.recompute] = torch.autograd.grad(u.square().sum(), list(net.parameters()))
+        with torch.no_grad():
+            assert torch.isfinite(du_dt(net, z, t, t / 2, z, torch.tensor([1, 2, 3]))).all()
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found[False], found[True]))
+    kept = {}
+    for net.recompute in (False, True):
+        kept[net.recompute] = train.bytes_for_backward(net)
+    assert kept[True] < kept[False] / 5
+    # The activations of a picture in a block: more than seven tensors (T, D), less than forty.
+    assert 7 < kept[False] / net.config.depth / (16 * 128 * 4) < 40
 
 
 def test_the_learning_rate():
