@@ -16,6 +16,7 @@ back.
 The noise of picture k depends on the seed and k alone, not on the batch size or the number of processes.
 Many pictures that were interrupted, in an .npz or a folder, go on where they were with the same command.
 """
+import contextlib
 import datetime
 import functools
 import io
@@ -714,91 +715,73 @@ def trajectory(net, decode, labels, sampler, seed, path, steps=16):
 
 # ------------------------------------------------------------------ many pictures
 
-# The pictures are cut into chunks of --batch, and a chunk is always drawn as a whole: the rounding within
-# a batch depends on its company, so this alone makes the same bytes of any number of processes, restarted
-# or not. For a folder the chunk becomes PNGs right there; for an .npz it is a file in a folder beside it.
-# Either has its name when it is whole: there is no other record of what is done.
-RECORD = ".sampling.json"  # in that folder until all is there: what the pictures depend on
+# Pictures come in chunks of --batch, and a chunk is always drawn as a whole: how a picture is rounded
+# depends on its company in the batch, so only this makes the same bytes of any number of processes,
+# interrupted or not. A folder gets a chunk as PNGs; an .npz has it as a file in FILE.npz.parts/
+# until all are there. Each has its name when it is whole: there is no other record of what is done.
+RECORD = ".sampling.json"  # in that folder until the end: what the pictures depend on
 
 
-def parts_of(path):
-    """The folder beside the .npz `path` where its chunks wait for each other."""
-    return path.with_name(path.name + ".parts")
-
-
-def check_unfinished(folder, kind, key, what):
-    """UserError, begun with `what`, unless `folder` is empty, absent or an unfinished run of this `key`."""
+def check_unfinished(folder, ext, key, what):
+    """UserError, begun with `what`, unless `folder` is absent, empty or an unfinished run of `key`."""
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     if not (made := names - {RECORD, f".{RECORD}.part"}):
         return
-    piece = re.compile(r"\d+\.X|\.\d+\.X\.part".replace("X", "png" if kind == "folder" else "raw"))
-    if key is None or RECORD not in names or not all(map(piece.fullmatch, made)):
+    ours = all(re.fullmatch(rf"\d+\.{ext}|\.\d+\.{ext}\.part", name) for name in made)
+    if key is None or RECORD not in names or not ours:
         raise UserError(f"{what} is not empty, old pictures would mix with new ones: give another")
-    try:
-        theirs = dict(json.loads((folder / RECORD).read_text()))
-    except (ValueError, TypeError):
-        theirs = {}
+    theirs = json.loads((folder / RECORD).read_text())
     if other := [name for name in key if theirs.get(name) != key[name]]:
         raise UserError(f"{what} holds pictures of an interrupted run with other {', '.join(other)}: "
                         "repeat its command to go on, delete that folder, or give another")
 
 
-def whole_pieces(folder, kind, num, batch, shape):
-    """-> the first pictures of those chunks that are in `folder`, up to the last byte."""
-    names, done = set(os.listdir(folder)), set()
-
-    def whole(k, end):
-        file = folder / (f"{k:06d}.png" if kind == "folder" else f"{k:06d}.raw")
-        if file.name not in names:    # not asked for by name: network disks remember a No for a while
-            return False
-        if kind == "npz":
-            return file.stat().st_size == (end - k) * math.prod(shape)
-        with open(file, "rb") as png:  # a power cut may have left the name and not the bytes
-            png.seek(-min(8, file.stat().st_size), os.SEEK_END)
-            return png.read() == b"IEND\xaeB`\x82"
-
-    for start in range(0, num, batch):
-        end = min(num, start + batch)
-        if all(whole(k, end) for k in (range(start, end) if kind == "folder" else [start])):
-            done.add(start)
-    return done
+@contextlib.contextmanager
+def holding(folder):
+    """UserError if another run writes to `folder`: kill -9 ends torchrun, but not its processes."""
+    if data.fcntl is None:  # Windows
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            data.fcntl.flock(lock, data.fcntl.LOCK_EX | data.fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is still writing to {folder}: wait or end it") from None
+        except OSError:
+            pass  # a disk without locks
+        yield
+    finally:
+        os.close(lock)  # so does the end of the process, whatever ends it
 
 
-def share_out(folder, kind, key, num, batch, shape, rank, world):
-    """Make `folder` ours. -> the first pictures of the chunks that process `rank` has yet to draw."""
-    keys, box = [key] * world, [None]
-    if world > 1:  # also a barrier: nobody may write before everybody has seen an empty folder
-        dist.all_gather_object(keys, key)
-    if any(other != key for other in keys):
-        raise UserError("the processes do not see the same checkpoint and flags: start all with one "
-                        "command, when nothing writes to the checkpoint")
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        for half in folder.glob(".*.part"):  # what a kill has left: nobody writes yet
-            half.unlink()
-        with data.replacing(folder / RECORD) as file:
-            file.write(json.dumps(key).encode())
-        done = whole_pieces(folder, kind, num, batch, shape)
-        box = [[start for start in range(0, num, batch) if start not in done]]
-        if done:
-            left = sum(min(batch, num - start) for start in box[0])
-            print(f"going on: {num - left} of {num} pictures are there")
-    if world > 1:
-        dist.broadcast_object_list(box)
-    return box[0][rank::world]
+def to_do(folder, ext, starts, num):
+    """-> those of `starts`, the first pictures of all chunks, of whose chunk `folder` lacks a part."""
+    for half in folder.glob(".*.part"):
+        half.unlink()
+    there = set(os.listdir(folder))  # not asked by name: network disks remember a No for a while
+
+    def whole(k):
+        if f"{k:06d}.{ext}" not in there or ext == "raw":
+            return f"{k:06d}.{ext}" in there
+        with open(folder / f"{k:06d}.png", "rb") as file:  # a power cut may take its end
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 8))
+            return file.read() == b"IEND\xaeB`\x82"
+
+    step = 1 if ext == "png" else starts.step
+    return [k for k in starts if not all(map(whole, range(k, min(num, k + starts.step), step)))]
 
 
-def write_pieces(folder, kind, starts, draw):
-    """Write the chunks that begin at the pictures `starts`. draw(start): uint8 (b, C, H, W), b <= batch.
+def write_chunks(folder, ext, starts, draw):
+    """Write the chunks that begin at the pictures `starts`; draw(start) gives one, uint8 (b, C, H, W).
 
-    Threads encode and write one chunk while the next is drawn; no more than two are in memory.
+    Threads encode and write a chunk while the next one is drawn: two are in memory, never more.
     """
-    def png(k, picture):
-        write_png(folder / f"{k:06d}.png", picture)
-
-    def raw(start, pictures):
-        with data.replacing(folder / f"{start:06d}.raw") as file:
-            file.write(pictures.numpy().tobytes())                                       # (b, C, H, W)
+    def write(k, piece):
+        if ext == "png":
+            return write_png(folder / f"{k:06d}.png", piece)
+        with data.replacing(folder / f"{k:06d}.raw") as file:
+            file.write(piece.contiguous().numpy())                                       # (b, C, H, W)
 
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with ThreadPoolExecutor(max(1, min(16, cores))) as pool:
@@ -806,28 +789,49 @@ def write_pieces(folder, kind, starts, draw):
         for start in starts:
             pictures = draw(start)
             list(writing)  # waits, and raises what a thread has raised
-            writing = (pool.map(png, range(start, start + len(pictures)), pictures) if kind == "folder"
-                       else pool.map(raw, [start], [pictures]))
+            writing = pool.map(write, range(start, start + len(pictures)),
+                               pictures if ext == "png" else [pictures])
         list(writing)
 
 
-def join_parts(path, labels, batch, shape):
-    """Stream all chunks into the .npz `path` and delete them. UserError if one cannot be seen from here."""
-    parts, starts = parts_of(path), range(0, len(labels), batch)
+def write_many(path, kind, key, labels, batch, shape, draw, rank, world):
+    """Draw all pictures, on all processes, into the .npz or the folder `path`, or what is left of them.
 
-    def read():
-        for start in tqdm(starts, desc=path.name, unit="chunk", disable=None):
-            raw = np.fromfile(parts / f"{start:06d}.raw", np.uint8)
-            yield torch.from_numpy(raw).view(-1, *shape)                                 # (b, C, H, W)
-
-    try:
-        write_npz(path, read(), labels, shape)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing: all processes must write to one disk") from None
-    for start in starts:  # the record goes last: until then this folder is known as ours
-        (parts / f"{start:06d}.raw").unlink(missing_ok=True)
-    (parts / RECORD).unlink()
-    parts.rmdir()
+    draw(start, progress): the chunk that begins at picture `start`, uint8 (b, C, H, W), shape (C, H, W).
+    """
+    folder, ext = (path, "png") if kind == "folder" else (Path(f"{path}.parts"), "raw")
+    num, starts, keys, left = len(labels), range(0, len(labels), batch), [key] * world, [None]
+    if world > 1:  # nobody may write before everybody has looked into the folder
+        dist.all_gather_object(keys, key)
+    if keys != [key] * world:
+        raise UserError("the processes see different checkpoints or flags: start all by one command, on "
+                        "one disk, and while nothing writes to the checkpoint")
+    folder.mkdir(exist_ok=True)
+    with holding(folder) if rank == 0 else contextlib.nullcontext():
+        if rank == 0:
+            left = [to_do(folder, ext, starts, num)]
+            with data.replacing(folder / RECORD) as file:
+                file.write(json.dumps(key).encode())
+            if len(left[0]) < len(starts):
+                print(f"going on: {len(starts) - len(left[0])} of {len(starts)} batches are there")
+        if world > 1:
+            dist.broadcast_object_list(left)
+        mine, what = left[0][rank::world], f"process 0 of {world}" if world > 1 else None
+        with tqdm(desc=what, total=sum(min(batch, num - k) for k in mine), unit="img",
+                  disable=True if rank else None) as bar:
+            write_chunks(folder, ext, mine, lambda start: draw(start, bar.update))
+        if world > 1:
+            dist.barrier()
+        if rank == 0:
+            if ext == "raw":
+                files = [folder / f"{k:06d}.raw" for k in starts]
+                chunks = (torch.from_numpy(np.fromfile(f, np.uint8)).view(-1, *shape) for f in files)
+                write_npz(path, chunks, labels, shape)
+                for file in files:  # the record goes last: until then the folder is known as ours
+                    file.unlink()
+            (folder / RECORD).unlink()
+            if ext == "raw":
+                folder.rmdir()
 
 
 def write_npz(path, batches, labels, shape):
@@ -899,9 +903,9 @@ def place(out, trajectory, world, num, flag="--out", key=None):
         raise UserError(f"{flag} {out}: several processes write many pictures, give --out FILE.npz or "
                         "--out FOLDER/")
     if kind == "folder":
-        check_unfinished(path, kind, key, f"{flag} {out}")
+        check_unfinished(path, "png", key, f"{flag} {out}")
     elif kind == "npz":
-        check_unfinished(parts_of(path), kind, key, f"{flag} {out}: {parts_of(path)}")
+        check_unfinished(Path(f"{path}.parts"), "raw", key, f"{flag} {out}: {path}.parts")
     if trajectory and (trajectory.suffix.lower() != ".gif" or trajectory.is_dir()):
         raise UserError(f"--trajectory {trajectory}: give FILE.gif")
     targets = [path if kind == "folder" else path.parent] + ([trajectory.parent] if trajectory else [])
@@ -920,25 +924,6 @@ def identity(args, grid, sampler, device):
     return {"--ckpt": [about.st_size, about.st_mtime_ns], "--ema or --raw": args.weights, "times": grid,
             "--sampler": sampler, "--classes": args.classes, "--seed": args.seed, "--batch": args.batch,
             "--precision": args.precision, "--device": device.type}
-
-
-def write_many(path, kind, key, labels, batch, shape, draw, rank, world):
-    """Draw all pictures, on all processes, into the .npz or the folder `path`, or what is left of them.
-
-    draw(start, progress): the chunk that begins at picture `start`, uint8 (b, C, H, W), shape (C, H, W).
-    """
-    folder, num = path if kind == "folder" else parts_of(path), len(labels)
-    starts = share_out(folder, kind, key, num, batch, shape, rank, world)
-    total, what = sum(min(batch, num - start) for start in starts), f"process 0 of {world}"
-    with tqdm(desc=what if world > 1 else None, total=total, unit="img",
-              disable=True if rank else None) as bar:
-        write_pieces(folder, kind, starts, lambda start: draw(start, bar.update))
-    if world > 1:
-        dist.barrier()
-    if rank == 0 and kind == "npz":
-        join_parts(path, labels, batch, shape)
-    elif rank == 0:
-        (folder / RECORD).unlink()
 
 
 def main():

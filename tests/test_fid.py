@@ -225,7 +225,7 @@ def test_the_inception_score_by_each_convention(case, splits, order):
 
 
 def test_the_inception_score_at_its_ends():
-    certain = 1e3 * torch.eye(8).repeat(5, 1)               # each picture one class, all classes equally often
+    certain = 1e3 * torch.eye(8).repeat(5, 1)               # each picture one class, all equally often
     assert fid.inception_score(certain, 1) == approx((8, 0))
     assert fid.inception_score(torch.zeros(40, 8), 4) == approx((1, 0))             # all classes in all
     assert fid.inception_score(certain + 7, 1) == approx((8, 0))                    # a shift changes no p
@@ -430,7 +430,7 @@ def test_the_file_itself_runs_from_anywhere(ckpt, tmp_path):
 
 
 def test_the_yardstick_of_the_readme():
-    """How far samples of the real digits are apart: random halves 0.30, a bootstrap resample 0.07 from all."""
+    """How far samples of the real digits are apart: random halves 0.30, a bootstrap 0.07 from all."""
     digits = data.load("digits")
     real = fid.pixels(data.to_uint8(digits.pictures(slice(None))))                   # (1797, 64)
     draw = np.random.default_rng(0)

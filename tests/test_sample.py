@@ -11,9 +11,10 @@ golden/sampler.npz and golden/sit_small.npz hold numbers only: random weights, i
 import json
 import os
 import pickle
-import socket
+import re
 import subprocess
 import sys
+import tracemalloc
 import types
 import warnings
 import zipfile
@@ -25,10 +26,11 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data  # noqa: E402
 import sample  # noqa: E402
 from model import DiT, DiTConfig  # noqa: E402
+from test_train import Lab, contents, free_port  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(size=8, channels=1, patch=4, dim=16, depth=1, heads=2, classes=10)
@@ -678,6 +680,9 @@ def test_an_old_file_stays_until_the_new_one_is_whole(ckpt, cli, tmp_path, monke
         (tmp_path / name).write_text("precious")
         assert cli("--ckpt", ckpt, "--out", tmp_path / name)[0] == 2
         assert (tmp_path / name).read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} == {"old.npz", "old.npz.parts", "old.png"}
+    monkeypatch.undo()                                      # nothing was drawn yet: other flags are fine
+    assert cli("--ckpt", ckpt, "--num", 3, "--out", tmp_path / "old.npz")[0] == 0
     assert {p.name for p in tmp_path.iterdir()} == {"old.npz", "old.png"}
 
 
@@ -690,26 +695,152 @@ def test_more_channels_than_a_picture_has_fit_in_npz_only(cli, tmp_path):
         assert file["arr_0"].shape == (2, 8, 8, 4)
 
 
-def test_two_processes_make_the_folder_that_one_makes(ckpt, cli, tmp_path):
-    assert cli("--ckpt", ckpt, "--num", 7, "--classes", "random", "--out", f"{tmp_path}/one/")[0] == 0
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(ckpt), "--num", "7",
-               "--classes", "random", "--device", "cpu", "--trajectory",
-               str(tmp_path / "t.gif"), "--out", f"{tmp_path}/two/"]
-    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
-        **ENV, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port)}) for r in range(2)]
-    outputs = [p.communicate(timeout=60) for p in ranks]
-    assert [p.returncode for p in ranks] == [0, 0], outputs
-    assert outputs[0][0].count("\n") == 1 and outputs[1][0] == ""
-    one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
-    assert [p.name for p in one] == [p.name for p in two] and len(one) == 7
+# ------------------------------------------------------------------ many pictures, many processes
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    yield lab
+    lab.close()
+
+
+MANY = ["--device", "cpu", "--num", "22", "--batch", "4", "--classes", "random", "--grid", "1,0.55,0",
+        "--sampler", "consistency"]
+
+
+@pytest.fixture
+def many(lab, ckpt):
+    """Draw 22 pictures in batches of 4 on `world` processes: what each of them said."""
+    def call(out, *flags, world=1, hook=""):
+        ranks = lab.start_ranks("--ckpt", ckpt, *MANY, "--out", out, *flags, world=world,
+                                program="sample.py", hook=hook)
+        return [lab.finish(rank) for rank in ranks]
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(lab, ckpt, tmp_path_factory):
+    """The same pictures from one process that nobody disturbed: a.npz and the folder pngs."""
+    folder = tmp_path_factory.mktemp("whole")
+    for out in ("a.npz", "pngs/"):
+        many.__wrapped__(lab, ckpt)(f"{folder}/{out}")[0].ok()
+    return folder
+
+
+def test_one_two_and_three_processes_write_the_same_npz(many, whole, ckpt, tmp_path):
+    for world in (2, 3):
+        first, *others = many(tmp_path / "a.npz", world=world)
+        assert first.ok().out.count("\n") == 1 and all(other.ok().out == "" for other in others)
+        assert contents(tmp_path) == {Path("a.npz"): (whole / "a.npz").read_bytes()}
+    net, decode = sample.load(ckpt)
+    labels = sample.make_labels("random", 22, 10, 0)
+    drawn = list(sample.generate(net, decode, labels, [1, 0.55, 0], "consistency", batch=4))
+    with np.load(whole / "a.npz") as file:
+        assert (file["arr_0"] == torch.cat(drawn).permute(0, 2, 3, 1).numpy()).all()
+        assert (file["arr_1"] == labels.numpy()).all() and file["arr_1"].dtype == np.int64
+
+
+def test_two_processes_make_the_folder_that_one_makes(many, whole, tmp_path):
+    first, second = many(f"{tmp_path}/pngs/", "--trajectory", tmp_path / "t.gif", world=2)
+    assert first.ok().out.count("\n") == 1 and second.ok().out == ""
     assert (tmp_path / "t.gif").exists()
-    for a, b in zip(one, two):
-        a, b = np.asarray(Image.open(a)).astype(int), np.asarray(Image.open(b)).astype(int)
-        assert np.abs(a - b).max() <= 1
+    assert len(contents(whole / "pngs")) == 22
+    assert contents(tmp_path / "pngs") == contents(whole / "pngs")
+
+
+def test_torchrun_ends_when_one_process_fails_and_its_pictures_are_not_lost(many, whole, ckpt, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport data, sample\n"
+                      "def generate(*args, drawn=sample.generate):\n"
+                      "    if os.environ['RANK'] == '1': raise OSError('the disk is on fire')\n"
+                      "    return drawn(*args)\n"
+                      "sample.generate = generate\ndata.run(sample.main)\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                f"--master-port={free_port()}", "--", str(driver)]
+    ran = subprocess.run([*torchrun, "--ckpt", str(ckpt), *MANY, "--out", "a.npz"], cwd=tmp_path,
+                         env=ENV, capture_output=True, text=True, timeout=60)
+    assert ran.returncode and "the disk is on fire" in ran.stderr and not (tmp_path / "a.npz").exists()
+    assert re.search("going on: [123] of 6 batches are there", many(tmp_path / "a.npz")[0].ok().out)
+    assert (tmp_path / "a.npz").read_bytes() == (whole / "a.npz").read_bytes()
+
+
+KILL = """
+import contextlib, os, signal, data
+safely = data.replacing
+@contextlib.contextmanager
+def replacing(path, sync=True):
+    with safely(path, sync) as file:
+        yield file
+        if path.name == NAME:                               # half of it is written
+            file.flush()
+            os.truncate(file.fileno(), file.tell() // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+data.replacing = replacing
+"""
+
+
+@pytest.mark.parametrize("out, moments, then", [
+    ("a.npz", [("000004.raw", 1), ("000020.raw", 2), ("a.npz", 1)], 2),    # while drawing, and joining
+    ("pngs/", [("000005.png", 1), ("000018.png", 2)], 3),
+])
+def test_killed_and_started_again_it_ends_with_the_same_bytes(many, whole, tmp_path, out, moments, then):
+    folder = tmp_path / ("pngs" if out == "pngs/" else "a.npz.parts")
+    for name, world in moments:
+        killed = many(f"{tmp_path}/{out}", world=world, hook=KILL.replace("NAME", repr(name)))
+        assert -9 in [rank.status for rank in killed], killed
+        assert not (tmp_path / "a.npz").exists() and (folder / sample.RECORD).exists()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("000000.*")}
+    assert len(before) == 1
+    first, *others = many(f"{tmp_path}/{out}", world=then)
+    assert "going on: " in first.ok().out and all(other.ok() for other in others)
+    assert contents(tmp_path) == {k: v for k, v in contents(whole).items() if str(k).startswith(out)}
+    if out == "pngs/":
+        assert before == {path: path.stat().st_mtime_ns for path in before}    # kept, not drawn again
+
+
+def test_only_the_same_run_goes_on(many, ckpt, cli, tmp_path):
+    for out, left in (("a.npz", "a.npz.parts"), ("pngs/", "pngs")):
+        name = "000008.raw" if out == "a.npz" else "000008.png"
+        assert many(f"{tmp_path}/{out}", hook=KILL.replace("NAME", repr(name)))[0].status == -9
+        before = contents(tmp_path)
+        flags = ["--ckpt", ckpt, *MANY, "--out", f"{tmp_path}/{out}"]
+        for other, named in ((["--seed", 1], "--seed"), (["--num", 23], "--num"), (["--raw"], "--raw"),
+                             (["--grid", "1,0.5,0"], "times"), (["--sampler", "ode"], "--sampler"),
+                             (["--classes", "balanced"], "--classes"), (["--batch", 5], "--batch")):
+            status, said, err = cli(*flags, *other)
+            assert (status, said, err.count("\n")) == (2, "", 1) and named in err and left in err, err
+        again = ckpt.with_name("again.pt")
+        again.write_bytes(ckpt.read_bytes())
+        assert "with other --ckpt:" in cli(*flags, "--ckpt", again)[2]
+        (tmp_path / left / "notes.txt").write_text("mine")
+        assert "not empty" in cli(*flags)[2]
+        (tmp_path / left / "notes.txt").unlink()
+        with sample.holding(tmp_path / left):
+            assert "another run is still writing" in cli(*flags)[2]
+        with pytest.raises(data.UserError, match="not empty"):               # as fid.py calls it
+            sample.place(f"{tmp_path / left}/", None, 1, 22, flag="--save-pictures")
+        assert contents(tmp_path) == before
+        if out == "pngs/":                          # a power cut may have taken the end of a file
+            (tmp_path / "pngs" / "000001.png").write_bytes(b"")
+        assert cli(*flags)[0] == 0 and not list(tmp_path.rglob(".*"))
+    with np.load(tmp_path / "a.npz") as file:
+        for k, picture in enumerate(file["arr_0"]):
+            assert (np.asarray(Image.open(tmp_path / "pngs" / f"{k:06d}.png")) == picture[..., 0]).all()
+
+
+def test_memory_holds_two_batches_and_not_all(cli, tmp_path, monkeypatch):
+    def generate(net, decode, labels, grid, sampler, seed, batch, indices, progress):
+        yield torch.from_numpy(np.full((len(indices), 4, 8, 8), indices[0] % 251, np.uint8))
+    monkeypatch.setattr(sample, "generate", generate)
+    four = write_checkpoint(tmp_path / "four.pt", channels=4)
+    tracemalloc.start()                             # counts the arrays of numpy, and all are here
+    assert cli("--ckpt", four, "--num", 40_000, "--batch", 1000, "--out", tmp_path / "a.npz")[0] == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 2 * 256_000 < peak < 2_500_000                    # a batch is 256 kB, all pictures are 10 MB
+    with np.load(tmp_path / "a.npz") as file:
+        assert (file["arr_0"][:, 0, 0, 0] == np.arange(40_000) // 1000 * 1000 % 251).all()
 
 
 # Each wrong call is a process of its own, forked from one that has loaded torch: loading takes longer.

@@ -422,6 +422,22 @@ def test_the_division_of_the_batch_changes_nothing_but_rounding(ten, other):
         assert moved > 0.1 and apart < 1e-4 * moved
 
 
+def test_two_machines_make_what_one_process_makes_and_the_first_alone_writes(ten, tmp_path):
+    nodes = []
+    for rank, port in enumerate([free_port()] * 2):
+        (tmp_path / f"{rank}").mkdir()
+        nodes.append(subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", f"{rank}",
+             "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", f"{port}", "--",
+             str(ROOT / "train.py"), *TEN, "--out", "run"], env={**ENV, "GLOO_SOCKET_IFNAME": "lo"},
+            cwd=tmp_path / f"{rank}", text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    said = [node.communicate(timeout=60) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0] and "2 processes" in said[0][0], said
+    assert said[1][0] == "" and not any((tmp_path / "1").rglob("*.*")), said
+    run = SimpleNamespace(one=ten.one, nodes=tmp_path / "0" / "run")
+    test_the_division_of_the_batch_changes_nothing_but_rounding(run, "nodes")
+
+
 def test_all_processes_hold_the_same_weights(ten):
     assert [(ten.two / f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["True", "True"]
 
