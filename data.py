@@ -812,11 +812,12 @@ def cache_folder():
 def find_vae(weights=None, name="ema", device="cpu", download=True):
     """The VAE on `device`, frozen; .about is {"name", "sha256"} of its weights.
 
-    name: "ema" or "mse", the published ones. They are looked for in `weights` if that is given (a
-    folder, or a file, which may be any in diffusers' or CompVis' layout), else in the cache, else
-    downloaded. UserError if there are none to be had, or the file holds another network.
+    name: "ema" or "mse", the published ones, or what .about called it. They are looked for in `weights`
+    if that is given (a folder, or a file, which may be any in diffusers' or CompVis' layout), else in
+    the cache, else downloaded. UserError if there are none to be had, or the file holds another network.
     """
-    filename, sha256, _, addresses = VAE_WEIGHTS[name]
+    rows = VAE_WEIGHTS | {Path(row[0]).stem: row for row in VAE_WEIGHTS.values()}
+    filename, sha256, _, addresses = rows.get(name) or (name, None, None, ())
     path = cache_folder() / filename
     if weights is not None:
         weights = Path(weights)
@@ -824,6 +825,10 @@ def find_vae(weights=None, name="ema", device="cpu", download=True):
         path = next((p for p in (weights, *inside) if p.is_file()), None)
         if path is None:
             raise UserError(f"--weights {weights} is no file and no folder that holds {filename}")
+        sha256 = checksum_of(path)
+    elif name not in rows:
+        if not path.is_file():
+            raise UserError(f"the latents are of a VAE of your own: put its file {name} into {path.parent}")
         sha256 = checksum_of(path)
     elif download or path.is_file():
         fetch(filename, sha256, addresses, path.parent, f"get {addresses[0]} in another way and put it "
@@ -839,8 +844,8 @@ def find_vae(weights=None, name="ema", device="cpu", download=True):
         net = build_vae(state).to(device)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    published = [file for file, sha, *_ in VAE_WEIGHTS.values() if sha == sha256]
-    net.about = dict(name=Path((published or [path.name])[0]).stem, sha256=sha256)
+    published = [Path(file).stem for file, sha, *_ in VAE_WEIGHTS.values() if sha == sha256]
+    net.about = dict(name=(published or [path.name])[0], sha256=sha256)
     return net
 
 

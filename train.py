@@ -555,7 +555,7 @@ def decoder(dataset, config, device):
         if device.type == "cpu":
             return None                                         # eight seconds a picture
         data.find_vae(name=latents["vae"], download=False)
-    except (data.UserError, KeyError):                          # not in the cache: pictures can wait
+    except data.UserError:                                      # not in the cache: pictures can wait
         return None
     return sample.latent_decoder({"latents": latents}, config, "the data set", device)
 

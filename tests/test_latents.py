@@ -354,7 +354,7 @@ def test_find_vae_from_a_file_a_folder_and_the_cache(tmp_path, monkeypatch):
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     one, two = data.find_vae(tmp_path / "a.pt"), data.find_vae(published.parent)
     assert torch.equal(one.encode(x)[0], two.encode(x)[0]) and one.encode(x)[0].shape == (2, 4, 4, 4)
-    assert one.about == {"name": "a", "sha256": data.checksum_of(tmp_path / "a.pt")}
+    assert one.about == {"name": "a.pt", "sha256": data.checksum_of(tmp_path / "a.pt")}
     assert two.about == {"name": "vae", "sha256": sha256}
     with pytest.raises(data.UserError, match="vae-check PICTURE downloads it"):
         data.find_vae(download=False)
@@ -367,6 +367,12 @@ def test_find_vae_from_a_file_a_folder_and_the_cache(tmp_path, monkeypatch):
         data.find_vae(tmp_path / "other.pt")
     shutil.copy(published, tmp_path / "cache" / "vae.safetensors")
     assert data.find_vae(download=False).about == data.find_vae().about == two.about
+    # What a data set says of its VAE finds it again: a published one, or one's own, put into the cache.
+    assert data.find_vae(name=two.about["name"]).about == two.about
+    with pytest.raises(data.UserError, match="put its file a.pt into"):
+        data.find_vae(name="a.pt")
+    shutil.copy(tmp_path / "a.pt", tmp_path / "cache" / "a.pt")
+    assert data.find_vae(name="a.pt").about == one.about
 
 
 # ---- the data set ------------------------------------------------------------------------------------
