@@ -246,15 +246,13 @@ class Latents(Dataset):
     images are moments, float16 (N, 8, h, w): means, then log-variances. stats float64 (2, 4, h, w): mean
     and variance of a posterior sample of a random picture, one each per position. shape is (4, h, w);
     mean and std, float32 (4, h, w), are what `sample` normalises with. The rest, errors too, as Dataset.
+    flip mirrors moments, which are nearly those of the mirrored picture, for nothing is stored twice.
     """
 
     dtype, per_channel = np.float16, 2
 
     def __init__(self, name, images, labels, meta, stats, seed=0, flip=False):
-        if flip:
-            raise UserError("--flip would mirror latents, and that is not the latent of the mirrored "
-                            f"picture: train on {name} with --no-flip")
-        super().__init__(name, images, labels, meta, seed)
+        super().__init__(name, images, labels, meta, seed, flip)
         if stats.shape != (2, *self.shape) or stats.dtype != np.float64 or not (stats[1] > 0).all():
             raise UserError(f"data set {name} does not fit together: stats {stats.dtype} {stats.shape}, "
                             f"expected float64 {(2, *self.shape)}, variances above 0; prepare it again")
@@ -304,7 +302,7 @@ def load(name_or_folder, seed=0, flip=False):
     """-> Dataset: "digits", a name prepared under data/, or the path of any prepared folder.
 
     Latents if that is what the folder holds. UserError with the command to type if it is not prepared,
-    or if its files do not fit together; also for a flip of latents.
+    or if its files do not fit together.
     """
     name = str(name_or_folder)
     if name == "digits":

@@ -42,7 +42,7 @@ from model import SIZES, DiT, DiTConfig, build
 SETTINGS = {
     "data": {
         "data": ("imagenet256", "digits, mnist, cifar10, imagenet256 or a prepared folder"),
-        "flip": (False, "mirror half of the pictures"),
+        "flip": (False, "mirror half of the pictures, or of the latents (the paper does not)"),
         "seed": (0, "of weights, batches and noise"),
     },
     "objective": {

@@ -419,9 +419,12 @@ def test_posterior_noise_is_fresh_in_each_step_and_disturbs_nothing_else():
     assert not torch.equal(a["posterior"], b["posterior"]) and not torch.equal(a["posterior"], a["e"])
 
 
-def test_latents_are_not_flipped(mine):
-    with pytest.raises(data.UserError, match="would mirror latents"):
-        data.load(mine, flip=True)
+def test_a_flip_mirrors_moments_and_stores_nothing(mine):
+    plain, mirrored = (data.load(mine, seed=3, flip=flip).batch(5, batch_size=12)[0]
+                       for flip in (False, True))
+    turned = [not torch.equal(a, b) for a, b in zip(plain, mirrored)]
+    assert 2 < sum(turned) < 10
+    assert all(torch.equal(b, a.flip(-1) if t else a) for a, b, t in zip(plain, mirrored, turned))
 
 
 def test_the_real_pictures_are_those_that_the_vae_saw(src, mine, tmp_path):
@@ -497,7 +500,7 @@ def test_training_one_process_two_processes_and_resumed(mine, tmp_path):
 
 def test_what_training_on_latents_refuses(mine, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for args, words in [(["--flip"], "would mirror latents"), (["--eval-every", 1], "needs the VAE"),
+    for args, words in [(["--eval-every", 1], "needs the VAE"),
                         (["--model", "B/2", "--data", "imagenet256"], "data.py imagenet --src"),
                         (["--model", "Ti/3"], "not divisible by patch 3")]:
         flags = ["--data", str(mine), "--device", "cpu", *map(str, args)]
