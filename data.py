@@ -261,11 +261,14 @@ class Latents(Dataset):
         self.picture_shape = (3, *(8 * side for side in self.shape[1:]))
 
     def describe(self):
-        return {"kind": "latents", "vae": (self.origin["vae"] or {}).get("name"), **super().describe()}
+        return {"kind": "latents", "vae": self.origin["vae"], **super().describe()}
 
     @functools.cached_property
     def files(self):
-        """The pictures that the latents were made from, in their order; UserError if they have changed."""
+        """The pictures that the latents were made from, in their order.
+
+        UserError if they are gone or have other names by now; what is inside them is not looked at.
+        """
         src = Path(self.origin["src"] or "")
         if not self.origin["src"] or not src.is_dir():
             raise UserError(f"the pictures that {self.name} was made from are not at {src} any more")
@@ -279,7 +282,7 @@ class Latents(Dataset):
 
     def pictures(self, index):
         """The real pictures at `index`, as the VAE saw them, float32 (b, 3, H, W) in [-1, 1]."""
-        files = np.asarray(self.files, dtype=object)[index].ravel()
+        files = [self.files[i] for i in np.atleast_1d(np.arange(len(self))[index])]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             u = list(pool.map(lambda file: picture(file, self.origin["size"], self.origin["crop"]), files))
         return torch.from_numpy(np.stack(u)).float() / 127.5 - 1
@@ -388,8 +391,8 @@ def _finished(out, key):
     """True, and says so, if `out` is prepared from `key`. UserError if it holds what is not ours."""
     if (out / "meta.json").exists():
         if _read_json(out / "meta.json").get("key") != key:
-            raise UserError(f"--out {out} already holds another data set, or one made from other files: "
-                            "give another folder, or delete that one")
+            raise UserError(f"--out {out} already holds another data set, or one made from other files or "
+                            "with other flags: give another folder, or delete that one")
         _report(f"{out} is already prepared", out, load(out.resolve()).describe())
         return True
     if (out / RECORD).exists() or not out.exists() or out.is_dir() and not any(out.iterdir()):
@@ -807,13 +810,15 @@ def cache_folder():
     return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaflow")
 
 
-def find_vae(weights=None, name="ema", device="cpu", download=True):
+def find_vae(weights=None, name="ema", device="cpu", download=True, sha256=None):
     """The VAE on `device`, frozen; .about is {"name", "sha256"} of its weights.
 
     name: "ema" or "mse", the published ones, or what .about called it. They are looked for in `weights`
     if that is given (a folder, or a file, which may be any in diffusers' or CompVis' layout), else in
-    the cache, else downloaded. UserError if there are none to be had, or the file holds another network.
+    the cache, else downloaded. UserError if there are none to be had, the file holds another network, or
+    is not the one with `sha256`, if that is given.
     """
+    wanted = sha256
     rows = VAE_WEIGHTS | {Path(row[0]).stem: row for row in VAE_WEIGHTS.values()}
     filename, sha256, _, addresses = rows.get(name) or (name, None, None, ())
     path = cache_folder() / filename
@@ -833,6 +838,8 @@ def find_vae(weights=None, name="ema", device="cpu", download=True):
               f"at {path}, or name it with --weights FILE")
     else:
         raise UserError(f"no VAE at {path}: python data.py vae-check PICTURE downloads it")
+    if wanted not in (None, sha256):
+        raise UserError(f"{path} is another VAE than the one that the latents were made with")
     if path.suffix == ".safetensors":
         state = read_safetensors(path)
     else:

@@ -1151,6 +1151,8 @@ def flags():
     weights.add_argument("--ema", dest="raw", action="store_false", help="averaged weights, the default")
     weights.add_argument("--raw", action="store_true", help="weights as they were trained")
     parser.set_defaults(raw=False)
+    group.add_argument("--precision", choices=["bf16", "fp32"], default="bf16",
+                       help="of the VAE on CUDA, for checkpoints of latents")
     group.add_argument("--seed", type=int, help="picture k depends on this and k alone (default: 0)")
     group = parser.add_argument_group("where it runs and what it writes")
     group.add_argument("--batch", type=int, default=64, help="pictures at a time; changes no picture")
@@ -1165,7 +1167,7 @@ def flags():
 def drawn(path, args, device, num, seed, label_counts=None):
     """Pictures that the checkpoint at `path` draws as `args` say."""
     ckpt, weights = sample.read(path), "raw" if args.raw else "ema"
-    net, decode = sample.load(path, weights, device)
+    net, decode = sample.load(path, weights, device, args.precision)
     known = [label_counts, (ckpt.get("data") or {}).get("label_counts")]        # the reference's, its own
     counts = next((c for c in known if c and len(c) == net.config.classes), None)
     if args.labels == "data" and not counts:
@@ -1177,6 +1179,9 @@ def drawn(path, args, device, num, seed, label_counts=None):
         print(note, file=sys.stderr)
     pictures = from_network(net, decode, num, labels, grid, sampler, seed, counts)
     about = {"checkpoint": str(path), "step": ckpt.get("step"), "weights": weights}
+    if ckpt.get("latents"):
+        vae = "in the checkpoint" if ckpt.get("vae") else ckpt["latents"].get("vae") or "ema"
+        about |= {"vae": vae, "vae_precision": args.precision if device.type == "cuda" else "fp32"}
     return dataclasses.replace(pictures, protocol=about | pictures.protocol)
 
 

@@ -380,6 +380,7 @@ def main():
     rows = []
     for k in tqdm(range(args.batches), disable=None):
         x, y = dataset.batch(k, batch_size=args.batch)
+        x = dataset.sample(x, torch.randn(len(x), *dataset.shape, generator=data.generator(args.seed, k, 2)))
         e = torch.randn(x.shape, generator=data.generator(args.seed, k, 1)).to(device)
         t, r = sample_times(len(x), 0.0, recipe["time_mean"], recipe["time_std"],
                             data.generator(args.seed, k))

@@ -231,7 +231,8 @@ def latent_decoder(ckpt, config, path, device, precision="bf16"):
     @functools.cache
     def vae():
         if not (state := ckpt.get("vae")):
-            return data.find_vae(name=ckpt["latents"].get("vae") or "ema", device=device)
+            about = ckpt["latents"].get("vae") or {"name": "ema", "sha256": None}
+            return data.find_vae(name=about["name"], device=device, sha256=about["sha256"])
         try:
             state = {name: w.to(device, torch.float32, copy=True) for name, w in state.items()}
             return data.build_vae(state)

@@ -14,6 +14,7 @@ The objective is chosen by its flags:
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import importlib.util
 import json
 import math
@@ -292,7 +293,9 @@ def start_processes(device_name):
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Long, for some wait while others fetch networks, measure the real pictures or draw previews.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=6))
     return int(os.environ.get("RANK", 0)), world, device
 
 
@@ -443,11 +446,18 @@ def bytes_for_backward(net):
 
 
 def forwards_of_step(recipe, alpha):
-    """The cost of a step in forwards of its batch: prediction 3, its backward included, and the target."""
+    """About what a step costs in forwards of its batch: prediction 3, backward included, and target."""
     jumps = 1 - recipe["fm_ratio"]
     target = 0 if alpha == 1 else jumps if alpha > 0 else 2 * jumps     # du/dt: see Product in model.py
-    guided = (recipe["omega"], recipe["kappa"]) != (1.0, 0.0)
-    return 3 + target + 2 * guided                              # at most: free outside t_min < t < t_max
+    omega, kappa = recipe["omega"], recipe["kappa"]
+    if (omega, kappa) == (1.0, 0.0):
+        return 3 + target
+    # Guidance acts on labelled rows with t inside its interval; u of rows with r = t is there already.
+    times = torch.distributions.Normal(recipe["time_mean"], recipe["time_std"])
+    ends = torch.tensor([recipe["t_min"], recipe["t_max"]], dtype=torch.float64).clamp(0, 1).logit()
+    low, high = times.cdf(ends).tolist()
+    without_label = abs(1 - omega - kappa) > 1e-6
+    return 3 + target + (high - low) * (1 - recipe["label_drop"]) * (jumps * (kappa != 0) + without_label)
 
 
 def cost_report(run):
@@ -481,13 +491,14 @@ def evaluation(run):
     training: networks and the statistics of the real pictures.
     """
     if run.args.eval_every and not run.decode:
-        raise ValueError("--eval-every needs the VAE and a GPU: python data.py vae-check PICTURE fetches it")
+        raise ValueError("--eval-every on latents needs a GPU and the VAE in its cache (python data.py "
+                         "vae-check PICTURE fetches a published one)")
     if not run.args.eval_every:
         if run.args.eval_num or run.args.eval_features:
             raise ValueError("--eval-num and --eval-features do nothing without --eval-every STEPS")
         return None
     share = dict(rank=run.rank, world=run.world)
-    names = (run.args.eval_features or "pixels").split(",")
+    names = [name.strip() for name in (run.args.eval_features or "pixels").split(",")]
     extractors = [fid.Extractor(name, device=run.device) for name in names]
     real = fid.from_dataset(run.dataset)
     known = fid.measure_reference(real, extractors, **share)
@@ -554,7 +565,7 @@ def decoder(dataset, config, device):
     try:
         if device.type == "cpu":
             return None                                         # eight seconds a picture
-        data.find_vae(name=latents["vae"], download=False)
+        data.find_vae(download=False, **(latents["vae"] or {}))
     except data.UserError:                                      # not in the cache: pictures can wait
         return None
     return sample.latent_decoder({"latents": latents}, config, "the data set", device)

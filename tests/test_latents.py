@@ -46,7 +46,7 @@ class TinyVAE:
         return torch.nn.functional.interpolate(z[:, :3] / 3, scale_factor=8.0)
 
 
-def find_tiny(weights=None, name="ema", device="cpu", download=True):
+def find_tiny(weights=None, name="ema", device="cpu", download=True, sha256=None):
     return TinyVAE()
 
 
@@ -372,7 +372,10 @@ def test_find_vae_from_a_file_a_folder_and_the_cache(tmp_path, monkeypatch):
     with pytest.raises(data.UserError, match="put its file a.pt into"):
         data.find_vae(name="a.pt")
     shutil.copy(tmp_path / "a.pt", tmp_path / "cache" / "a.pt")
-    assert data.find_vae(name="a.pt").about == one.about
+    assert data.find_vae(name="a.pt", sha256=one.about["sha256"]).about == one.about
+    torch.save({k: v * 2 for k, v in state.items()}, tmp_path / "cache" / "a.pt")
+    with pytest.raises(data.UserError, match="another VAE"):
+        data.find_vae(name="a.pt", sha256=one.about["sha256"])
 
 
 # ---- the data set ------------------------------------------------------------------------------------
@@ -500,7 +503,7 @@ def test_training_one_process_two_processes_and_resumed(mine, tmp_path):
 
 def test_what_training_on_latents_refuses(mine, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for args, words in [(["--eval-every", 1], "needs the VAE"),
+    for args, words in [(["--eval-every", 1], "needs a GPU and the VAE"),
                         (["--model", "B/2", "--data", "imagenet256"], "data.py imagenet --src"),
                         (["--model", "Ti/3"], "not divisible by patch 3")]:
         flags = ["--data", str(mine), "--device", "cpu", *map(str, args)]

@@ -389,7 +389,7 @@ def test_our_own_checkpoints_of_latents_find_the_vae_elsewhere(tmp_path, path, m
     ckpt, mine = sample.read(path), tmp_path / "ckpt.pt"
     kept = ("format", "net", "ema", "config", "data", "latents", "step")
     torch.save({key: ckpt[key] for key in kept}, mine)
-    monkeypatch.setattr(data, "find_vae", lambda name, device: data.build_vae(vae_state()).to(device))
+    monkeypatch.setattr(data, "find_vae", lambda name, device, sha256: data.build_vae(vae_state()).to(device))
     x = torch.randn(2, 4, 8, 8)
     for file in (mine, path):
         assert (sample.load(file)[1](x).int() - data.to_uint8(decoded(x)).int()).abs().max() <= 1

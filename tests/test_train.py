@@ -693,7 +693,10 @@ def test_xl_2_costs_what_the_dit_paper_says():
 def test_a_step_in_forwards_of_its_batch():
     plain = dict(fm_ratio=0.25, omega=1.0, kappa=0.0)
     assert [train.forwards_of_step(plain, alpha) for alpha in (1, 0.5, 0)] == [3, 3.75, 4.5]
-    assert train.forwards_of_step(dict(plain, omega=0.2, kappa=0.92), 1) == 5
+    guided = dict(plain, omega=0.2, kappa=0.92, time_mean=0.0, time_std=1.0, label_drop=0.0, t_min=0.0)
+    assert train.forwards_of_step(dict(guided, t_max=1.0), 1) == pytest.approx(4.75)
+    half = dict(guided, t_max=0.5, label_drop=0.2)
+    assert train.forwards_of_step(half, 0) == pytest.approx(4.5 + 0.4 * 1.75)
 
 
 def test_recomputing_changes_memory_and_not_the_gradient():
