@@ -802,7 +802,7 @@ class Pictures:
     protocol: dict = dataclasses.field(default_factory=dict)    # what made them
     ahead: bool = True              # whether a thread may read on while the feature network computes
     label_counts: list | None = None                            # pictures per class, if they have classes
-    file: str | None = None                                     # the images.npy of a prepared data set
+    file: str | None = None                 # images.npy (moments.npy) of a prepared data set
 
     @property
     def size(self):
