@@ -144,6 +144,14 @@ def replacing(path, sync=True):
         part.unlink(missing_ok=True)
 
 
+def need_space(folder, missing, what, instead):
+    """UserError unless the disk of `folder`, which need not exist yet, has `missing` bytes free."""
+    disk = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if (free := shutil.disk_usage(disk).free) < missing:
+        raise UserError(f"--out {folder} needs {missing / 1e9:.3g} GB more {what}, and {free / 1e9:.3g} GB "
+                        f"are free: give a folder on another disk, {instead}")
+
+
 # ---------------------------------------------------------------- a data set
 
 
@@ -810,15 +818,13 @@ def cache_folder():
     return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaflow")
 
 
-def find_vae(weights=None, name="ema", device="cpu", download=True, sha256=None):
-    """The VAE on `device`, frozen; .about is {"name", "sha256"} of its weights.
+def vae_file(weights=None, name="ema"):
+    """-> path, about, addresses of the VAE asked for; about is {"name", "sha256"} of its weights.
 
-    name: "ema" or "mse", the published ones, or what .about called it. They are looked for in `weights`
-    if that is given (a folder, or a file, which may be any in diffusers' or CompVis' layout), else in
-    the cache, else downloaded. UserError if there are none to be had, the file holds another network, or
-    is not the one with `sha256`, if that is given.
+    name: "ema" or "mse", the published ones, or what about called it. They are looked for in `weights`
+    if that is given: a folder, or a file, which may be any in diffusers' or CompVis' layout. Else their
+    place is in the cache, and published ones need not be there yet. UserError if the others are not.
     """
-    wanted = sha256
     rows = VAE_WEIGHTS | {Path(row[0]).stem: row for row in VAE_WEIGHTS.values()}
     filename, sha256, _, addresses = rows.get(name) or (name, None, None, ())
     path = cache_folder() / filename
@@ -828,18 +834,28 @@ def find_vae(weights=None, name="ema", device="cpu", download=True, sha256=None)
         path = next((p for p in (weights, *inside) if p.is_file()), None)
         if path is None:
             raise UserError(f"--weights {weights} is no file and no folder that holds {filename}")
-        sha256 = checksum_of(path)
-    elif name not in rows:
-        if not path.is_file():
-            raise UserError(f"the latents are of a VAE of your own: put its file {name} into {path.parent}")
-        sha256 = checksum_of(path)
-    elif download or path.is_file():
-        fetch(filename, sha256, addresses, path.parent, f"get {addresses[0]} in another way and put it "
-              f"at {path}, or name it with --weights FILE")
-    else:
-        raise UserError(f"no VAE at {path}: python data.py vae-check PICTURE downloads it")
-    if wanted not in (None, sha256):
+    elif name not in rows and not path.is_file():
+        raise UserError(f"the latents are of a VAE of your own: put its file {name} into {path.parent}")
+    if weights is not None or name not in rows:
+        sha256, addresses = checksum_of(path), ()
+    published = [Path(file).stem for file, sha, *_ in VAE_WEIGHTS.values() if sha == sha256]
+    return path, dict(name=(published or [path.name])[0], sha256=sha256), addresses
+
+
+def find_vae(weights=None, name="ema", device="cpu", download=True, sha256=None):
+    """The VAE on `device`, frozen; .about is {"name", "sha256"} of its weights, see vae_file.
+
+    UserError if there is none to be had, the file holds another network, or is not the one with
+    `sha256`, if that is given.
+    """
+    path, about, addresses = vae_file(weights, name)
+    if sha256 not in (None, about["sha256"]):
         raise UserError(f"{path} is another VAE than the one that the latents were made with")
+    if addresses and download:
+        fetch(path.name, about["sha256"], addresses, path.parent, f"get {addresses[0]} in another way "
+              f"and put it at {path}, or name it with --weights FILE")
+    elif addresses and not (path.is_file() and checksum_of(path) == about["sha256"]):
+        raise UserError(f"no VAE at {path}: python data.py vae-check PICTURE downloads it")
     if path.suffix == ".safetensors":
         state = read_safetensors(path)
     else:
@@ -849,8 +865,7 @@ def find_vae(weights=None, name="ema", device="cpu", download=True, sha256=None)
         net = build_vae(state).to(device)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    published = [Path(file).stem for file, sha, *_ in VAE_WEIGHTS.values() if sha == sha256]
-    net.about = dict(name=(published or [path.name])[0], sha256=sha256)
+    net.about = about
     return net
 
 
@@ -895,24 +910,28 @@ def latents(src, out, size=256, limit=None, crop="lanczos", precision=None, vae=
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:  # for messages between CPUs alone; some process may finish long before the others
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    net = None
+    where = net = None
 
     def begin():
-        nonlocal net
+        nonlocal where, net
         if size % 8 or not 16 <= size <= 1024:
             raise UserError(f"--size {size}: latents need a multiple of 8 between 16 and 1024, like 256")
         if batch < 1 or limit is not None and limit < 1:
             raise UserError(f"--batch and --limit must be positive, got {batch} and {limit}")
-        tree = listing(src)  # first: what is wrong with the folder is said before anything is downloaded
-        net = find_vae(weights, vae, pick_device(device))
-        kind = precision or ("bf16" if pick_device(device).type == "cuda" else "fp32")
-        return _plan(src, out, tree, limit, dict(kind="latents", size=size, crop=crop, precision=kind,
-                                                 batch=batch, vae=net.about))
+        where = pick_device(device)
+        kind = precision or ("bf16" if where.type == "cuda" else "fp32")
+        job = _plan(src, out, limit, dict(kind="latents", size=size, crop=crop, precision=kind,
+                                          batch=batch, vae=vae_file(weights, vae)[1]))
+        if job:  # nothing is downloaded for what is done already or cannot be done
+            net = find_vae(weights, vae, where)
+            job |= _resume(job)
+        return job
 
     job = _on_first(rank, world, begin)
     if job:
-        where = pick_device(device)
-        _encode_chunks(job, net or find_vae(weights, vae, where), where, rank, world)
+        where = where or pick_device(device)
+        net = net or find_vae(weights, vae, where, sha256=job["vae"]["sha256"])  # on other nodes, too
+        _encode_chunks(job, net, where, rank, world)
         if world > 1:
             dist.barrier()
         _on_first(rank, world, lambda: _join(job))
@@ -935,9 +954,9 @@ def _on_first(rank, world, work):
     return box[0][1]
 
 
-def _plan(src, out, tree, limit, settings):
+def _plan(src, out, limit, settings):
     """-> what is to be done, a dict; None if it is done already. UserError if it cannot be done here."""
-    files, labels, names = tree
+    files, labels, names = listing(src)
     if limit is not None:
         keep = spread(labels, limit)
         files, labels = [files[i] for i in keep], [labels[i] for i in keep]
@@ -948,23 +967,26 @@ def _plan(src, out, tree, limit, settings):
         raise UserError(f"--out {out} holds the beginning of another data set, or of one made with "
                         "other flags or files: give another folder, or delete that one")
     shape = (8, settings["size"] // 8, settings["size"] // 8)
-    parts = [*out.glob("chunks/*.npz"), *out.glob("moments.npy*")]
-    missing = len(files) * (2 * math.prod(shape) + 8) * 1.02 - sum(p.stat().st_size for p in parts)
-    disk = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if (free := shutil.disk_usage(disk).free) < missing:
-        raise UserError(f"--out {out} needs {missing / 1e9:.3g} GB more for {len(files)} pictures, and "
-                        f"{free / 1e9:.3g} GB are free: give a folder on another disk, or --limit N")
-    record = _begin(out, key)
+    there = sum(p.stat().st_size for p in (*out.glob("chunks/*.npz"), *out.glob("moments.npy*")))
+    need_space(out, len(files) * (2 * math.prod(shape) + 8) * 1.02 - there,
+               f"for {len(files)} pictures", "or --limit N")
+    return dict(settings, src=src, out=out, key=key, names=names, labels=labels, shape=shape, limit=limit,
+                files=[str(p) for p in files], chunks=-(-len(files) // settings["batch"]))
+
+
+def _resume(job):
+    """-> record, as in _begin, and todo, the numbers of the chunks that are still to be encoded."""
+    out = job["out"]
+    job = job | dict(record=_begin(out, job["key"]))
     (out / "chunks").mkdir(exist_ok=True)
     if (out / "moments.npy").exists():  # the last run ended between this name and meta.json
         os.replace(out / "moments.npy", out / "moments.npy.part")
-    job = dict(settings, src=src, out=out, key=key, names=names, labels=labels, shape=shape, limit=limit,
-               files=[str(p) for p in files], chunks=-(-len(files) // settings["batch"]), record=record)
     part = out / "moments.npy.part"
     if not part.exists() or part.stat().st_size < _joined(job):
-        record.update(done=0, bad=[])
+        job["record"].update(done=0, bad=[])
     there = {int(p.stem) for p in out.glob("chunks/*.npz") if not p.name.startswith(".")}
-    return job | dict(todo=[k for k in range(record["done"], job["chunks"]) if k not in there])
+    todo = [k for k in range(job["record"]["done"], job["chunks"]) if k not in there]
+    return dict(record=job["record"], todo=todo)
 
 
 def _joined(job):
@@ -1073,11 +1095,11 @@ def statistics(moments):
 def vae_check(image, out, size, vae, weights, device):
     """Write a picture beside what is left of it after the VAE, and print the PSNR in dB."""
     from sample import pick_device  # as in find_vae
+    if size % 8 or size < 16:
+        raise UserError(f"--size {size}: the VAE needs a multiple of 8 from 16 up, like 256")
     u = _attempt(image, size)
     if isinstance(u, str):
         raise UserError(f"{image} cannot be read as a picture ({u})")
-    if size % 8 or size < 16:
-        raise UserError(f"--size {size}: the VAE needs a multiple of 8 from 16 up, like 256")
     net = find_vae(weights, vae, device := pick_device(device))
     with torch.no_grad():
         mean, _ = net.encode(torch.tensor(u)[None].to(device).float() / 127.5 - 1)

@@ -807,6 +807,10 @@ def write_many(path, kind, key, labels, batch, shape, draw, rank, world):
     if keys != [key] * world:
         raise UserError("the processes see different checkpoints or flags: start all by one command, on "
                         "one disk, and while nothing writes to the checkpoint")
+    if rank == 0 and ext == "raw":  # chunks stay until the .npz that joins them is whole
+        there = sum(p.stat().st_size for p in folder.glob("*.raw"))
+        data.need_space(path, 2 * num * math.prod(shape) - there, f"while {num} pictures are joined",
+                        "or fewer pictures")
     folder.mkdir(exist_ok=True)
     with holding(folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:

@@ -557,16 +557,17 @@ def memory_mb(device):
     return peak / 2**(20 if sys.platform == "darwin" else 10)
 
 
-def decoder(dataset, config, device):
-    """What makes uint8 pictures of the network's samples; None if that is not possible here, or too slow."""
+def decoder(dataset, config, device, say):
+    """What makes uint8 pictures of the network's samples; None, and says why, if there is nothing here."""
     if not isinstance(dataset, data.Latents):
         return data.to_uint8 if dataset.shape[0] in (1, 3) else None
     latents = {"mean": dataset.mean, "std": dataset.std, "vae": dataset.describe()["vae"]}
     try:
         if device.type == "cpu":
-            return None                                         # eight seconds a picture
+            raise data.UserError("the VAE takes seconds a picture on a CPU")
         data.find_vae(download=False, **(latents["vae"] or {}))
-    except data.UserError:                                      # not in the cache: pictures can wait
+    except data.UserError as error:                             # pictures can wait for sample.py
+        say(f"no pictures during training: {error}")
         return None
     return sample.latent_decoder({"latents": latents}, config, "the data set", device)
 
@@ -852,7 +853,8 @@ def main():
         return
     rank, world, device = start_processes(args.device)
     run = assemble(args, rank, world, device)
-    run.decode = decoder(run.dataset, run.net.config, device)
+    say = print if rank == 0 else lambda *_: None
+    run.decode = decoder(run.dataset, run.net.config, device, say)
     run.evaluate = evaluation(run)                              # may fail: before anything is written
     steps = run.recipe["steps"]
     if rank == 0:

@@ -6,6 +6,7 @@ Latents: prepared by data.py with a small stand-in for the VAE, killed, divided 
 Runs that are killed, or that are several, are real processes, forked from this one: torch is imported once.
 """
 import json
+import math
 import os
 import shutil
 import signal
@@ -47,7 +48,13 @@ class TinyVAE:
 
 
 def find_tiny(weights=None, name="ema", device="cpu", download=True, sha256=None):
+    if sha256 not in (None, TinyVAE.about["sha256"]):
+        raise data.UserError("another VAE")
     return TinyVAE()
+
+
+def tiny_file(weights=None, name="ema"):
+    return Path("tiny.pt"), TinyVAE.about, ()
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +62,7 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(data.tqdm, "monitor_interval", 0)       # no thread that a fork would leave behind
     if "find_vae" not in os.environ.get("PYTEST_CURRENT_TEST", ""):
         monkeypatch.setattr(data, "find_vae", find_tiny)
+        monkeypatch.setattr(data, "vae_file", tiny_file)
 
 
 def tree(root):
@@ -88,11 +96,10 @@ def src(tmp_path_factory):
 def mine(src, tmp_path_factory):
     """Prepared once, without interruption, by one process."""
     out = tmp_path_factory.mktemp("prepared") / "mine"
-    found, data.find_vae = data.find_vae, find_tiny
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "find_vae", find_tiny)
+        patch.setattr(data, "vae_file", tiny_file)
         data.latents(src, out, **SMALL)
-    finally:
-        data.find_vae = found
     return out
 
 
@@ -294,6 +301,7 @@ def test_wrong_commands_get_one_line(src, mine, tmp_path, monkeypatch, capsys):
         (["folder", "--src", src, "--size", 32, "--crop", "adm", *to], "--crop does nothing without"),
         (["vae-check", "nowhere.png"], "cannot be read"),
         (["vae-check", next(src.glob("a/*.png")), "--size", 30, "--device", "cpu"], "multiple of 8"),
+        (["vae-check", "nowhere.png", "--size", 0], "multiple of 8"),
     ]
     for args, words in wrong:
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
@@ -309,6 +317,27 @@ def test_wrong_commands_get_one_line(src, mine, tmp_path, monkeypatch, capsys):
     with pytest.raises(data.UserError, match="needs 0.000736 GB more for 44 pictures, and 1e-06 GB"):
         data.latents(src, tmp_path / "new", device="cpu")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_finished_or_impossible_asks_for_no_vae(src, mine, tmp_path, monkeypatch, capsys):
+    def none(*args, **kwargs):
+        raise AssertionError("a VAE was fetched")
+    monkeypatch.setattr(data, "find_vae", none)
+    data.latents(src, mine, **SMALL)
+    assert "is already prepared: 41 latents" in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), dict(free=1000)))
+    with pytest.raises(data.UserError, match="are free"):
+        data.latents(src, tmp_path / "new", **SMALL)
+
+
+def test_every_process_asks_for_the_vae_of_the_first(src, tmp_path):
+    """On another node --weights may be another file of the same name."""
+    def hook():
+        if os.environ["RANK"] == "1":
+            TinyVAE.about = {"name": "tiny", "sha256": "1" * 64}       # find_tiny refuses what differs
+    assert together(tmp_path, data, [*PREPARE, "--src", src, "--out", tmp_path / "o"], 2, hook) != [0, 0]
+    assert "another VAE" in (tmp_path / "err1.txt").read_text()
+    assert not (tmp_path / "o" / "meta.json").exists()
 
 
 def test_a_vae_without_finite_numbers_is_not_believed(src, tmp_path, monkeypatch):
@@ -365,6 +394,9 @@ def test_find_vae_from_a_file_a_folder_and_the_cache(tmp_path, monkeypatch):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(data.UserError, match="not the weights of a VAE"):
         data.find_vae(tmp_path / "other.pt")
+    (tmp_path / "cache" / "vae.safetensors").write_bytes(b"half of it")       # as if damaged
+    with pytest.raises(data.UserError, match="vae-check PICTURE downloads it"):
+        data.find_vae(download=False)
     shutil.copy(published, tmp_path / "cache" / "vae.safetensors")
     assert data.find_vae(download=False).about == data.find_vae().about == two.about
     # What a data set says of its VAE finds it again: a published one, or one's own, put into the cache.
@@ -512,6 +544,14 @@ def test_what_training_on_latents_refuses(mine, tmp_path, monkeypatch, capsys):
             data.run(train.main)
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1 and words in err, err
+
+
+def test_training_says_why_it_draws_no_pictures(mine, monkeypatch):
+    ds, said = data.load(mine), []
+    monkeypatch.setattr(data, "find_vae", lambda **about: data.need_space(mine, math.inf, about["sha256"], ""))
+    for device, reason in (("cpu", "takes seconds a picture on a CPU"), ("cuda", "0" * 64)):
+        assert train.decoder(ds, None, torch.device(device), said.append) is None
+        assert said[-1].startswith("no pictures during training") and reason in said[-1]
 
 
 def test_other_statistics_than_those_of_the_run_are_refused(mine, tmp_path, monkeypatch, capsys):

@@ -829,6 +829,16 @@ def test_only_the_same_run_goes_on(many, ckpt, cli, tmp_path):
             assert (np.asarray(Image.open(tmp_path / "pngs" / f"{k:06d}.png")) == picture[..., 0]).all()
 
 
+def test_a_full_disk_is_seen_before_the_first_picture(ckpt, cli, tmp_path, monkeypatch):
+    free = 2 * 22 * 64                              # bytes: 22 grey pictures of 8x8, once more as the .npz
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=free - 1))
+    status, said, err = cli("--ckpt", ckpt, *MANY, "--out", tmp_path / "a.npz")
+    assert (status, said, err.count("\n")) == (2, "", 1) and "GB are free" in err, err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=free))
+    assert cli("--ckpt", ckpt, *MANY, "--out", tmp_path / "a.npz")[0] == 0
+
+
 def test_memory_holds_two_batches_and_not_all(cli, tmp_path, monkeypatch):
     def generate(net, decode, labels, grid, sampler, seed, batch, indices, progress):
         yield torch.from_numpy(np.full((len(indices), 4, 8, 8), indices[0] % 251, np.uint8))
