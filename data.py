@@ -898,13 +898,14 @@ def spread(labels, limit):
 
 
 def latents(src, out, size=256, limit=None, crop="lanczos", precision=None, vae="ema", weights=None,
-            batch=CHUNK, device=None):
+            batch=None, device=None):
     """Prepare the latents of a tree of pictures (see listing), on any number of processes.
 
     The pictures, sorted, are cut into chunks of `batch`, and a chunk is always encoded as a whole: what
     comes of a picture depends on nothing that is done when or where. A chunk is a file that has its name
     when it is whole: there is no other record of what is done. The first process joins them in the end.
     Damaged files are reported, listed in meta.json and left out. precision: bf16 on CUDA, else fp32.
+    batch: 64, less above 256 pixels, as memory goes with their number.
     """
     from sample import pick_device  # as in find_vae
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -916,12 +917,14 @@ def latents(src, out, size=256, limit=None, crop="lanczos", precision=None, vae=
         nonlocal where, net
         if size % 8 or not 16 <= size <= 1024:
             raise UserError(f"--size {size}: latents need a multiple of 8 between 16 and 1024, like 256")
-        if batch < 1 or limit is not None and limit < 1:
-            raise UserError(f"--batch and --limit must be positive, got {batch} and {limit}")
+        for flag, number in (("--batch", batch), ("--limit", limit)):
+            if number is not None and number < 1:
+                raise UserError(f"{flag} {number}: give 1 or more")
         where = pick_device(device)
         kind = precision or ("bf16" if where.type == "cuda" else "fp32")
         job = _plan(src, out, limit, dict(kind="latents", size=size, crop=crop, precision=kind,
-                                          batch=batch, vae=vae_file(weights, vae)[1]))
+                                          batch=batch or max(1, min(CHUNK, CHUNK * 256**2 // size**2)),
+                                          vae=vae_file(weights, vae)[1]))
         if job:  # nothing is downloaded for what is done already or cannot be done
             net = find_vae(weights, vae, where)
             job |= _resume(job)
@@ -1368,7 +1371,8 @@ def _latent_flags(p):
     p.add_argument("--crop", choices=("lanczos", "adm"), help="centre square and Lanczos (default), or "
                    "ADM's: halved by a box filter, bicubic, then the centre")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="of products (default: bf16 on CUDA)")
-    p.add_argument("--batch", type=int, metavar="N", help=f"pictures at once (default: {CHUNK})")
+    p.add_argument("--batch", type=int, metavar="N",
+                   help=f"pictures at once (default: {CHUNK}, fewer above 256 pixels)")
     _vae_flags(p)
 
 

@@ -837,7 +837,8 @@ def from_network(net, decode, num, labels, grid, sampler="ode", seed=0, label_co
     shape = tuple(decode(z.to(next(net.parameters()).device)).shape[1:])
 
     def read(indices):
-        return next(sample.generate(net, decode, y, grid, sampler, seed, len(indices), indices))
+        with exact_float32():       # also in the midst of a training run, which may have TF32 on
+            return next(sample.generate(net, decode, y, grid, sampler, seed, len(indices), indices))
 
     return Pictures("drawn", num, shape, read, ahead=False, protocol=dict(
         nfe=len(grid) - 1, grid=grid, sampler=sampler, labels=labels, seed=seed))
@@ -1083,7 +1084,11 @@ def measure_reference(pictures, extractors, divisor="N-1", keep=False, rank=0, *
     found, files = {}, {}
     networks = [e for e in extractors if e.net]                     # pixels are quicker than any file
     if pictures.file and networks:
-        about = {"pictures": data.checksum_of(pictures.file), "count": pictures.count, "divisor": divisor,
+        # Of 21 GB of latents one process alone makes the checksum.
+        box = [data.checksum_of(pictures.file) if rank == 0 else None]
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast_object_list(box)
+        about = {"pictures": box[0], "count": pictures.count, "divisor": divisor,
                  **pictures.protocol}
         for e in networks:
             protocol = about | {key: value for key, value in e.protocol.items() if key != "weights"}

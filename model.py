@@ -257,7 +257,7 @@ class DiT(nn.Module):
         c = self.noise_labels_embedder(t) + self.noise_labels_next_embedder(t - r) + self.y_embedder(y)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, use_reentrant=False)
+                h = checkpoint(block, h, c, use_reentrant=False, preserve_rng_state=False)  # no dropout
             else:
                 h = block(h, c)                                                         # (B, T, D), (B, D)
         h = self.final_layer(h, c)                                                      # (B, T, p·p·C)

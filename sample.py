@@ -446,7 +446,7 @@ def from_released(theirs, path):
 
     net, ema: names without "model.", and a row of zeros for "no label" if the file has none. The config
     is told by the shapes. step: the file's, or None. latents: mean and std, (C, h, w) float32. vae: its
-    state dict, if embedded. published: name, sampler and times at 2 NFE, if the file's name is known.
+    state dict, if embedded.
     UserError, one line, if pieces are missing. "net" alone may be: then it is empty.
     """
     try:
@@ -462,14 +462,11 @@ def from_released(theirs, path):
                         f"({what}; nothing in it was run): get it again") from None
     stats = theirs.get("stats") if isinstance(theirs.get("stats"), dict) else {}
     step = stats.get("cur_step", theirs.get("step"))
-    name = path.name.removesuffix(".pt")
     about = {"name": "imagenet256" if config.classes == 1000 else None, "classes": config.classes,
              "shape": [config.channels, config.size, config.size], "label_counts": None}
     return {"format": FORMAT, "net": net, "ema": ema, "step": step if isinstance(step, int) else None,
             "config": {"model": asdict(config), "recipe": {}}, "data": about, "latents": latents,
-            **({"vae": vae} if vae else {}),
-            **({"published": dict(zip(("name", "sampler", "grid"), (name, *PUBLISHED[name])))}
-               if name in PUBLISHED else {})}
+            **({"vae": vae} if vae else {})}
 
 
 def own_names(state, prefix):

@@ -20,7 +20,6 @@ from loss import (alpha_at, alpha_flow_loss, du_dt, gradient_conflict, guided_ve
                   u_target)
 from model import DiT, DiTConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`")     # PyTorch's own, inside jvp
 NULL = 3                                                    # three classes, 0 to 2, then the null label
 ALPHAS = [1.0, 0.5, 0.01, 0.0]
 

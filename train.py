@@ -374,39 +374,72 @@ def init_from(net, path, say):
         say(f"init-from {path}: {note}")
 
 
-def compiled(net, z, autocast, say):
-    """torch.compile of the network and of du/dt, or the eager ones if that fails or gives other numbers."""
-    t = torch.linspace(0.3, 1, len(z), device=z.device)
-    r, y = t / 2, torch.zeros(len(z), dtype=torch.long, device=z.device)
+def compiled(run, autocast, autocast_jvp, say):
+    """torch.compile of the network and of du/dt: (network, du/dt).
+
+    Either one stays eager if compiling fails or gives other numbers, and du/dt also if it gets slower: the
+    compiler does without `Product` in model.py.
+    """
+    net, B = run.net, run.recipe["batch"]
     weights = [p.detach().clone() for p in net.parameters()]
 
-    def gradient(network):                              # the program that trains, backward and all
+    def points(n):
+        t = torch.linspace(0.3, 1, n, device=run.device)
+        z = torch.randn(n, *run.dataset.shape, device=run.device)
+        return z, t, t / 2, torch.zeros(n, dtype=torch.long, device=run.device)
+
+    # The program that trains is made at the first step, inside DDP, which cuts it up to send gradients
+    # early. Seven is a size that few batches have: the program for that size would be taken as it is.
+    some = points(7)
+    # du/dt is compiled for one number of rows, so it is tried with the number it will get.
+    z, t, r, y = points(max(1, sum(k >= int(B * run.recipe["fm_ratio"]) for k in range(B)[own_rows(run, 0)])))
+    if net.recompute:
+        torch._dynamo.config.optimize_ddp = False       # older releases cannot cut up checkpointed blocks
+
+    def gradient(network):
         with autocast():
-            loss = network(z, t, r, y).square().mean()
+            loss = network(*some).square().mean()
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
 
-    def tangent(function):                              # du/dt as u_target asks for it, z serving as v
-        with torch.no_grad(), autocast():
+    def tangent(function):                              # as u_target asks for it, z serving as v
+        with torch.no_grad(), autocast_jvp():
             return function(net, z, t, r, z, y)
 
-    try:
-        fast, fast_du_dt = torch.compile(net), torch.compile(du_dt)
-        with torch.no_grad():
-            for p in net.parameters():                  # a fresh DiT is u = 0, on which all programs agree
-                p.add_(0.02 * torch.randn_like(p))
-        for slow, quick in ((gradient(net), gradient(fast)), (tangent(du_dt), tangent(fast_du_dt))):
-            gap = ((slow - quick).norm() / slow.norm()).item()
+    def attempt(eager, use):
+        try:
+            fast = torch.compile(eager)
+            right = use(eager)
+            gap = ((right - use(fast)).norm() / right.norm()).item()
             if not gap < 0.02:
                 raise ArithmeticError(f"compiled and eager results differ by {gap:.1e}")
-        say("compile: on")
-        return fast, fast_du_dt
-    except Exception as error:                          # whatever it is, training must go on without it
-        say(f"compile: off, because {type(error).__name__}: {str(error).splitlines()[0][:150]}")
-        return net, du_dt
-    finally:
-        with torch.no_grad():
-            for p, w in zip(net.parameters(), weights):
-                p.copy_(w)
+            return fast, ""
+        except Exception as error:                      # whatever it is, training must go on without it
+            return eager, f"{type(error).__name__}: {str(error)[:150]}".splitlines()[0]
+
+    def seconds(function):
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            tangent(function).sum().item()              # waits for the device
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    with torch.no_grad():
+        for p in net.parameters():                      # a fresh DiT is u = 0, on which all programs agree
+            p.add_(0.02 * torch.randn_like(p))
+    fast, problem = attempt(net, gradient)
+    fast_du_dt, problem_du_dt = attempt(du_dt, tangent)
+    if fast_du_dt is not du_dt and (ratio := seconds(fast_du_dt) / seconds(du_dt)) > 1:
+        problem_du_dt = f"it takes {ratio:.2f} times as long as eager"
+    with torch.no_grad():
+        for p, w in zip(net.parameters(), weights):
+            p.copy_(w)
+    # What one process has to do without, all do without: they would wait for it at every step.
+    off = any_process(run, bool(problem), bool(problem_du_dt))
+    say("compile: " + "; ".join(
+        what + (f" off, because {why or 'it fails in another process'}" if no else " on")
+        for what, no, why in zip(("network", "du/dt"), off, (problem, problem_du_dt))))
+    return net if off[0] else fast, du_dt if off[1] else fast_du_dt
 
 
 # ---- what it costs ---------------------------------------------------------------------------------
@@ -470,7 +503,7 @@ def cost_report(run):
     return (f"cost: {flops / 1e9:.3g} GFLOPs a forward and picture; a step {step[1] / 1e12:.3g} TFLOPs at "
             f"α = 1, {step[0.5] / 1e12:.3g} between, {step[0] / 1e12:.3g} at α = 0\n"
             f"memory a process: about {states + activations:.2g} GiB, {states:.2g} for weights, gradients, "
-            f"Adam and EMA, {activations:.2g} for activations of {micro} pictures in float32 (in bf16 half)")
+            f"Adam and EMA, {activations:.2g} for activations of {micro} pictures in float32 (in bf16 0.6)")
 
 
 def utilisation(run, alpha, images_per_s, flops):
@@ -614,6 +647,7 @@ def post_mortem(run, step, alpha, norm, tangent, batches, noise, objective):
     save(run.out / f"nonfinite_rank{run.rank}.pt",
          {"step": step, "alpha": alpha, "net": run.net.state_dict(), "x": x, "y": y, **noise})
     where = "all rows finite by themselves"
+    objective = objective | {"target_net": run.net, "derivative": du_dt}        # eager: one row is a new size
     for i in range(len(x)):                                     # no row depends on another: try each alone
         row = {k: v[i:i + 1] for k, v in noise.items()}
         with torch.no_grad():
@@ -706,23 +740,28 @@ def assemble(args, rank, world, device):
 def prepare_network(run, say):
     """(network, du/dt, autocast): compiled or eager, and the context that rounds products to bf16 or not.
 
-    Only matrix products are rounded: weights, targets, residual stream, norms, times and loss are float32.
+    Only matrix products are rounded: weights, targets, residual stream, norms, times and loss are float32,
+    and the products of the time embedders TF32 at the least (see model.py).
     """
     # TF32 where the device has it, unless float32 was asked for by name.
-    torch.set_float32_matmul_precision("highest" if run.args.precision == "fp32" else "high")
+    exact = run.args.precision == "fp32"
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    torch.backends.cudnn.allow_tf32 = not exact
     cuda = run.device.type == "cuda"
     kind = run.args.precision or ("bf16" if cuda else "fp32")
 
     def autocast(kind=kind):
         return torch.autocast(run.device.type, torch.bfloat16, enabled=kind == "bf16")
 
+    def autocast_jvp():
+        return autocast(run.args.jvp_precision or kind)
+
     fast, fast_du_dt = run.net, du_dt
     if cuda if run.args.compile is None else run.args.compile:
-        z = torch.randn(8, *run.dataset.shape, device=run.device)
-        fast, fast_du_dt = compiled(run.net, z, autocast, say)
+        fast, fast_du_dt = compiled(run, autocast, autocast_jvp, say)
 
     def derivative(net, *point):
-        with autocast(run.args.jvp_precision or kind):
+        with autocast_jvp():
             return fast_du_dt(run.net, *point)          # compiled as a whole, network included
 
     say(f"{run.device}, {run.world} process{'es' * (run.world > 1)}, {kind} products "
@@ -786,7 +825,8 @@ def train(run):
     # The prediction goes through DDP, whose backward averages gradients; targets need none and do without.
     predict = fast
     if run.world > 1:
-        predict = DistributedDataParallel(fast, device_ids=[device] if device.type == "cuda" else None)
+        predict = DistributedDataParallel(fast, device_ids=[device] if device.type == "cuda" else None,
+                                          gradient_as_bucket_view=True)                 # no second copy
     objective = {k: recipe[k] for k in ("omega", "kappa", "t_min", "t_max", "label_drop", "clip", "c",
                                         "shrink_c")}
     objective.update(null=net.config.classes, target_net=fast, derivative=derivative)
@@ -807,7 +847,9 @@ def train(run):
         # The one place where the host waits for the device: a bad gradient must not reach the weights.
         stop, broken = any_process(run, stop_asked(), not math.isfinite(norm + stats["loss"]))
         if broken:
-            raise SystemExit(post_mortem(run, step, alpha, norm, stats["tangent"], batches, noise, objective))
+            with autocast():
+                raise SystemExit(post_mortem(run, step, alpha, norm, stats["tangent"], batches, noise,
+                                             objective))
         for group in run.optimizer.param_groups:
             group["lr"] = lr_at(recipe, step)
         run.optimizer.step()

@@ -6,7 +6,6 @@ Latents: prepared by data.py with a small stand-in for the VAE, killed, divided 
 Runs that are killed, or that are several, are real processes, forked from this one: torch is imported once.
 """
 import json
-import math
 import os
 import shutil
 import signal
@@ -287,8 +286,8 @@ def test_wrong_commands_get_one_line(src, mine, tmp_path, monkeypatch, capsys):
         (["imagenet"], "--src"),
         ([*imagenet, "--size", 250, *to], "multiple of 8"),
         ([*imagenet, "--size", 8, *to], "between 16 and 1024"),
-        ([*imagenet, "--batch", 0, *to], "must be positive"),
-        ([*imagenet, "--limit", -1, *to], "must be positive"),
+        ([*imagenet, "--batch", 0, *to], "--batch 0: give 1"),
+        ([*imagenet, "--limit", -1, *to], "--limit -1: give 1"),
         ([*imagenet, "--crop", "left", *to], "invalid choice"),
         ([*imagenet, "--precision", "fp16", *to], "invalid choice"),
         ([*imagenet, "--vae", "big", *to], "invalid choice"),
@@ -548,7 +547,9 @@ def test_what_training_on_latents_refuses(mine, tmp_path, monkeypatch, capsys):
 
 def test_training_says_why_it_draws_no_pictures(mine, monkeypatch):
     ds, said = data.load(mine), []
-    monkeypatch.setattr(data, "find_vae", lambda **about: data.need_space(mine, math.inf, about["sha256"], ""))
+    def none(download, name, sha256):
+        raise data.UserError(f"no {sha256}")
+    monkeypatch.setattr(data, "find_vae", none)
     for device, reason in (("cpu", "takes seconds a picture on a CPU"), ("cuda", "0" * 64)):
         assert train.decoder(ds, None, torch.device(device), said.append) is None
         assert said[-1].startswith("no pictures during training") and reason in said[-1]

@@ -154,7 +154,6 @@ def test_it_comes_in_the_layout_of_our_own_checkpoints(path):
     assert ckpt["format"] == sample.FORMAT and ckpt["step"] == 1_200_000 and "vae" not in ckpt
     assert ckpt["config"] == {"model": dataclasses.asdict(CONFIG), "recipe": {}}
     assert ckpt["data"] == dict(name=None, classes=10, shape=[4, 8, 8], label_counts=None)
-    assert ckpt["published"] == dict(name="alphaflow-B-2", sampler="ode", grid=(1, 0.5, 0))
     assert ckpt["ema"].keys() == ckpt["net"].keys() == DiT(CONFIG).state_dict().keys()
     assert all(torch.equal(w, WEIGHTS[name]) for name, w in ckpt["ema"].items())
     assert all(torch.equal(w, WEIGHTS[name] + 1) for name, w in ckpt["net"].items())
@@ -169,7 +168,7 @@ def test_ema_and_raw_weights_are_not_mixed_up(path, tmp_path):
     alone = tmp_path / "alone.pt"
     torch.save({"ema": state_of()}, alone)     # saved anew: no foreign class, no raw weights
     ckpt = sample.read(alone)
-    assert ckpt["net"] == {} and ckpt["step"] is None and "published" not in ckpt
+    assert ckpt["net"] == {} and ckpt["step"] is None
     assert off(u(sample.load(alone)[0]), SIT["u_f32"]) < 2e-5
     one_line(alone, "raw weights", call=lambda path: sample.load(path, "raw"))
 
