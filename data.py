@@ -326,7 +326,10 @@ def load(name_or_folder, seed=0, flip=False):
     folder = next((p for p in places if (p / "meta.json").is_file()), places[len(Path(name).parts) > 1])
     if not (folder / "meta.json").is_file():
         known = dict(mnist="mnist", cifar10="cifar10", imagenet256="imagenet --src /path/to/train")
-        command = known.get(folder.name, f"folder --src DIR --size 64 --out {shlex.quote(str(folder))}")
+        raw = Path(name).is_dir()                                     # pictures, perhaps, as they are
+        src, out = (name, Path("data") / Path(name).resolve().name) if raw else ("DIR", folder)
+        command = known.get(folder.name, f"folder --src {shlex.quote(src)} --size 64 "
+                                         f"--out {shlex.quote(str(out))}")
         raise UserError(f"data set {name!r} is not prepared (no {folder / 'meta.json'}): "
                         f"type  python data.py {command}")
     meta = _read_json(folder / "meta.json")
@@ -395,12 +398,16 @@ def _put(path, text):
         file.write(text.encode())
 
 
-def _finished(out, key):
-    """True, and says so, if `out` is prepared from `key`. UserError if it holds what is not ours."""
+def _finished(out, key, asked=()):
+    """True, and says so, if `out` is prepared from `key`. UserError if it holds what is not ours.
+
+    asked: what the person asked for, {flag: value}, so that what differs can be named.
+    """
     if (out / "meta.json").exists():
-        if _read_json(out / "meta.json").get("key") != key:
-            raise UserError(f"--out {out} already holds another data set, or one made from other files or "
-                            "with other flags: give another folder, or delete that one")
+        theirs = _read_json(out / "meta.json")
+        if theirs.get("key") != key:
+            raise UserError(f"--out {out} already holds another data set{_difference(theirs, asked)}: give "
+                            "another folder, or delete that one")
         _report(f"{out} is already prepared", out, load(out.resolve()).describe())
         return True
     if (out / RECORD).exists() or not out.exists() or out.is_dir() and not any(out.iterdir()):
@@ -408,12 +415,18 @@ def _finished(out, key):
     raise UserError(f"--out {out} already holds something else: give a new or an empty folder")
 
 
-def _begin(out, key):
+def _difference(theirs, asked):
+    other = [name for name in asked if name in theirs and theirs[name] != asked[name]]
+    about = [f"--{name} {theirs[name]['name'] if name == 'vae' else theirs[name]}" for name in other]
+    return f", made with {', '.join(about)}" if other else ", or one made from other files"
+
+
+def _begin(out, key, **asked):
     """Make `out` ours. -> the record of an interrupted run with the same `key`, or a new one."""
     out.mkdir(parents=True, exist_ok=True)
     record = _read_json(out / RECORD) if (out / RECORD).exists() else {}
     if record.get("key") != key:
-        record = dict(key=key, done=0, bad=[])
+        record = dict(asked, key=key, done=0, bad=[])
         _put(out / RECORD, json.dumps(record))
     return record
 
@@ -853,7 +866,7 @@ def find_vae(weights=None, name="ema", device="cpu", download=True, sha256=None)
         raise UserError(f"{path} is another VAE than the one that the latents were made with")
     if addresses and download:
         fetch(path.name, about["sha256"], addresses, path.parent, f"get {addresses[0]} in another way "
-              f"and put it at {path}, or name it with --weights FILE")
+              f"and put it at {path}")
     elif addresses and not (path.is_file() and checksum_of(path) == about["sha256"]):
         raise UserError(f"no VAE at {path}: python data.py vae-check PICTURE downloads it")
     if path.suffix == ".safetensors":
@@ -928,6 +941,9 @@ def latents(src, out, size=256, limit=None, crop="lanczos", precision=None, vae=
         if job:  # nothing is downloaded for what is done already or cannot be done
             net = find_vae(weights, vae, where)
             job |= _resume(job)
+            names = job["names"]
+            print(f"{len(job['files']):,} pictures in {len(names)} class{'es' * (len(names) > 1)}, each a "
+                  f"folder in {src}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}")
         return job
 
     job = _on_first(rank, world, begin)
@@ -963,24 +979,24 @@ def _plan(src, out, limit, settings):
     if limit is not None:
         keep = spread(labels, limit)
         files, labels = [files[i] for i in keep], [labels[i] for i in keep]
-    key = _key(src, out, files, settings)
-    if _finished(out, key):
+    key, asked = _key(src, out, files, settings), settings | dict(limit=limit)
+    if _finished(out, key, asked):
         return None
-    if (out / RECORD).exists() and _read_json(out / RECORD).get("key") != key:  # hours of work, perhaps
-        raise UserError(f"--out {out} holds the beginning of another data set, or of one made with "
-                        "other flags or files: give another folder, or delete that one")
+    if (out / RECORD).exists() and (theirs := _read_json(out / RECORD)).get("key") != key:
+        raise UserError(f"--out {out} holds the beginning of another data set{_difference(theirs, asked)}: "
+                        "give another folder, or delete that one")       # hours of work, perhaps
     shape = (8, settings["size"] // 8, settings["size"] // 8)
     there = sum(p.stat().st_size for p in (*out.glob("chunks/*.npz"), *out.glob("moments.npy*")))
     need_space(out, len(files) * (2 * math.prod(shape) + 8) * 1.02 - there,
                f"for {len(files)} pictures", "or --limit N")
-    return dict(settings, src=src, out=out, key=key, names=names, labels=labels, shape=shape, limit=limit,
+    return dict(asked, src=src, out=out, key=key, names=names, labels=labels, shape=shape, asked=asked,
                 files=[str(p) for p in files], chunks=-(-len(files) // settings["batch"]))
 
 
 def _resume(job):
     """-> record, as in _begin, and todo, the numbers of the chunks that are still to be encoded."""
     out = job["out"]
-    job = job | dict(record=_begin(out, job["key"]))
+    job = job | dict(record=_begin(out, job["key"], **job["asked"]))
     (out / "chunks").mkdir(exist_ok=True)
     if (out / "moments.npy").exists():  # the last run ended between this name and meta.json
         os.replace(out / "moments.npy", out / "moments.npy.part")
@@ -1072,14 +1088,17 @@ def _join(job):
     with replacing(out / "stats.npy") as file:
         np.save(file, statistics(np.load(part, mmap_mode="r")))
     shutil.rmtree(out / "chunks", ignore_errors=True)
-    more = {k: job[k] for k in ("kind", "size", "crop", "limit", "precision", "vae", "batch")}
-    more |= {"src": str(job["src"].resolve()), "files": _names(job["src"], map(Path, job["files"]))}
+    more = dict(job["asked"], src=str(job["src"].resolve()))
+    more["files"] = _names(job["src"], map(Path, job["files"]))
     more["left_out"] = [os.path.relpath(job["files"][i], job["src"]) for i in sorted(bad)]
     how = "ADM's crop" if job["crop"] == "adm" else "centre crop, Lanczos"
     source = (f"pictures in {job['src'].resolve().name}, {how} to {job['size']}x{job['size']}, latents "
               f"of {job['vae']['name']}")
     _publish(out, job["key"], [y for i, y in enumerate(job["labels"]) if i not in bad], job["names"],
              (4, *shape[1:]), source, array="moments.npy", **more)
+    if job["vae"]["name"] not in [Path(file).stem for file, *_ in VAE_WEIGHTS.values()]:
+        print(f"To make pictures of them, sample.py and fid.py will look for the VAE at "
+              f"{cache_folder() / job['vae']['name']}: put a copy there")
 
 
 def statistics(moments):
@@ -1100,7 +1119,7 @@ def vae_check(image, out, size, vae, weights, device):
     from sample import pick_device  # as in find_vae
     if size % 8 or size < 16:
         raise UserError(f"--size {size}: the VAE needs a multiple of 8 from 16 up, like 256")
-    u = _attempt(image, size)
+    u = _attempt(image, size) if image.is_file() else "no such file"
     if isinstance(u, str):
         raise UserError(f"{image} cannot be read as a picture ({u})")
     net = find_vae(weights, vae, device := pick_device(device))

@@ -665,7 +665,8 @@ def pixels(pictures):
     if pictures.dtype != torch.uint8 or pictures.ndim != 4:
         raise ValueError(f"expected uint8 (n, C, H, W), got {pictures.dtype} {tuple(pictures.shape)}")
     if (dim := math.prod(pictures.shape[1:])) > 3072:
-        raise ValueError(f"the distance on pixels is for tiny pictures: at most 3072 numbers, not {dim}")
+        raise ValueError(f"the distance on pixels is for tiny pictures: at most 3072 numbers, not "
+                         f"{dim}; take the features of a network")
     return pictures.flatten(1).double() / 127.5 - 1
 
 
@@ -1200,7 +1201,7 @@ def training_data(path):
     try:
         pictures = from_dataset(data.load(own))
     except UserError as error:
-        raise UserError(f"{error}, or name real pictures with --ref") from None
+        raise UserError(f"{error}; --ref can name other real pictures") from None
     # A name may lead to other pictures by now, and then "its own training data" would be untrue.
     if pictures.label_counts != (about.get("label_counts") or pictures.label_counts):
         raise UserError(f"{pictures.name} is not what this checkpoint was trained on any more: "
@@ -1224,7 +1225,11 @@ def open_sides(args, device):
     elif ref and Path(ref).is_file() and Path(ref).suffix == ".npz":
         stats = read_stats(ref)
         if stats is None or args.kid or args.prdc:      # ADM's files: statistics of all, and some pictures
-            real = from_npz(ref)
+            try:
+                real = from_npz(ref)
+            except UserError as error:
+                only = "; --kid and --prdc need pictures, not statistics alone" if stats else ""
+                raise UserError(f"{error}{only}") from None
     elif ref:
         real = open_pictures(ref, args.size)
     elif args.ckpt:
@@ -1278,7 +1283,7 @@ def warnings_of(made, real, stats, extractors):
         if e.net and few < 10_000:
             yield f"{few} pictures: below 10,000 distances are too high, scores too low; 50,000 are usual"
         elif few <= dim:
-            yield f"{few} pictures do not fill {dim} dimensions, which raises the value: draw more"
+            yield f"{few} pictures do not fill {dim} dimensions, which raises the value: more are needed"
         if e.net and not e.protocol["published_weights"]:
             yield f"{e.protocol['weights']} is not the published file: comparable with no other numbers"
     if real and real.shape[1:] != made.shape[1:]:
@@ -1314,13 +1319,17 @@ def report(result):
     for name, values in result["metrics"].items():
         for key in filter(TITLES.get, values):
             digits = 6 if key == "kid" else 4                       # KIDs are small
-            spread = f" ± {values[key + '_std']:.{digits}f}" if key + "_std" in values else ""
+            # of a single subset or split there is none
+            spread = f" ± {values[key + '_std']:.{digits}f}" if values.get(key + "_std") else ""
             lines.append(f"{TITLES[key]}: {values[key]:.{digits}f}{spread}"
                          + f"  [{name}]" * (name != "pixels"))
 
+    def plain(value):
+        return " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+
     about = [(side, result[side]) for side in ("pictures", "reference") if result[side]]
     about += [("features", protocol) for protocol in result["features"].values()]
-    lines += [f"  {title:11s} " + ", ".join(f"{key} {value}" for key, value in protocol.items()
+    lines += [f"  {title:11s} " + ", ".join(f"{key} {plain(value)}" for key, value in protocol.items()
                                             if value is not None) for title, protocol in about]
     lines += [f"  {key:11s} {result[key]}" for key in ("divisor", "score", "kid", "neighbours")
               if key in result]

@@ -503,11 +503,17 @@ def latent_stats(state, config):
     return {"mean": mean.float(), "std": std.float()}
 
 
-def starting_weights(path):
+def same_latents(a, b):
+    """Whether two {"mean", "std"} normalise latents alike, up to what re-encoding may change."""
+    return all(a[k].shape == b[k].shape and torch.allclose(a[k], b[k], 1e-3, 1e-3) for k in ("mean", "std"))
+
+
+def starting_weights(path, latents=None):
     """(weights, notes): what a new network can start from, under model.py's names, and a few warnings.
 
     From any checkpoint that `read` takes, its EMA; or from the state dict of a DiT or SiT, alone or in a
-    training checkpoint (then its EMA, if there). notes: lines on what does not carry over.
+    training checkpoint (then its EMA, if there). notes: lines on what does not carry over. latents: mean
+    and std, {"mean", "std"}, of those that the new network will see.
     UserError as in `read` for anything else.
     """
     try:
@@ -521,8 +527,8 @@ def starting_weights(path):
             raise refused from None
         return found
     notes = []
-    if ckpt.get("latents"):
-        notes.append("it was trained on latents that its own mean and std, in that file, normalised")
+    if ckpt.get("latents") and not (latents and same_latents(ckpt["latents"], latents)):
+        notes.append("its latents were normalised by another mean and std, which it has to learn anew")
     table = ckpt["ema"].get("y_embedder.embedding_table.weight")
     if isinstance(table, torch.Tensor) and table.ndim == 2 and not table[-1:].any():
         notes.append("the null label's row is new, zeros: that network was trained without one")

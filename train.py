@@ -357,19 +357,24 @@ def save(path, state):
         torch.save(state, file)
 
 
-def init_from(net, path, say):
+def init_from(net, path, say, latents=None):
     """Copy the weights of another network wherever name and shape agree, and say what did not.
 
-    path: a checkpoint of ours or a released one (its EMA), or a DiT's or SiT's. ValueError if nothing fits.
+    path: a checkpoint of ours or a released one (its EMA), or a DiT's or SiT's. latents: mean and std of the
+    run's, see sample.starting_weights. ValueError if less than a tenth fits: then it is another network.
     """
-    (theirs, notes), ours = sample.starting_weights(path), net.state_dict()
+    (theirs, notes), ours = sample.starting_weights(path, latents), net.state_dict()
     matched = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
-    if not matched:
-        raise ValueError(f"--init-from {path}: not one tensor fits this network")
+    if 10 * len(matched) < len(ours):
+        raise ValueError(f"--init-from {path}: {len(matched)} of {len(ours)} tensors fit this network")
     net.load_state_dict(matched, strict=False)
-    new, left_over = sorted(ours.keys() - matched), sorted(theirs.keys() - matched)
-    say(f"init-from {path}: {len(matched)} of {len(ours)} tensors; new here: {', '.join(new) or 'none'}; "
-        f"left over there: {', '.join(left_over) or 'none'}")
+
+    def listed(names):
+        names = sorted(names)
+        return ", ".join(names[:20]) + f", ... ({len(names)} in all)" * (len(names) > 20) or "none"
+
+    say(f"init-from {path}: {len(matched)} of {len(ours)} tensors; "
+        f"new here: {listed(ours.keys() - matched)}; left over there: {listed(theirs.keys() - matched)}")
     for note in notes:
         say(f"init-from {path}: {note}")
 
@@ -694,9 +699,14 @@ def assemble(args, rank, world, device):
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs the package: pip install tensorboard")
     out, ckpt = open_run(args)
+    say = print if rank == 0 else lambda *_: None
     recipe = resolve(args, ckpt and ckpt["config"]["recipe"])
-    if ckpt and ckpt["step"] >= recipe["steps"] and not (out / "ckpt.pt").exists():
-        raise ValueError(f"{args.resume} has done all its {recipe['steps']} steps: give more --steps")
+    if ckpt:
+        was, finished = ckpt["config"]["recipe"], ckpt["step"]
+        if finished > recipe["steps"] or finished == recipe["steps"] and not (out / "ckpt.pt").exists():
+            raise ValueError(f"that run has done {finished} steps: give more --steps")
+        if changed := [f"{k} {recipe[k]} (was {was[k]})" for k in was if recipe.get(k) != was[k]]:
+            say(f"resuming with other settings: {', '.join(changed)}")
     if recipe["batch"] % (world * args.accumulate):
         raise ValueError(f"--batch {recipe['batch']} is not divisible by {world} processes x "
                          f"{args.accumulate} micro-batches")
@@ -710,13 +720,13 @@ def assemble(args, rank, world, device):
     if (net.config.channels, net.config.size, net.config.classes) != (C, size, dataset.classes):
         raise ValueError(f"{recipe['data']} has {C}x{size}x{size} pictures in {dataset.classes} classes, "
                          "unlike the data of the run that is to be resumed")
-    if ckpt and isinstance(dataset, data.Latents):
-        was, now = ckpt.get("latents", {}), {"mean": dataset.mean, "std": dataset.std}
-        if not all(k in was and torch.allclose(was[k], now[k], 1e-3, 1e-3) for k in now):
+    latents = isinstance(dataset, data.Latents) and {"mean": dataset.mean, "std": dataset.std}
+    if ckpt and latents:
+        if not (ckpt.get("latents") and sample.same_latents(ckpt["latents"], latents)):
             raise ValueError(f"the latents in {recipe['data']} have other statistics than those that the "
                              "run was trained on: prepared anew, from other files or in another way")
     if args.init_from and not ckpt:
-        init_from(net, args.init_from, print if rank == 0 else lambda *_: None)
+        init_from(net, args.init_from, say, latents)
     net.to(device)
     net.recompute = args.recompute
     ema = DiT(net.config).to(device).requires_grad_(False)

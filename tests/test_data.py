@@ -645,8 +645,10 @@ def test_a_folder_becomes_a_data_set_without_its_damaged_files(tmp_path, capsys)
     before = (out / "images.npy").stat().st_mtime_ns
     data.folder(src, 8, out)
     assert "already prepared" in capsys.readouterr().out
-    with pytest.raises(data.UserError, match="already holds another"):
+    with pytest.raises(data.UserError, match="already holds another data set, or one made from other files"):
         data.folder(src, 16, out)
+    with pytest.raises(data.UserError, match=f"folder --src {src} --size 64 --out data/{src.name}$"):
+        data.load(src)                              # the pictures as they are
     assert (out / "images.npy").stat().st_mtime_ns == before
     data.folder(src / "dogs", 8, tmp_path / "flat")
     assert data.load(tmp_path / "flat").names == ["all"]

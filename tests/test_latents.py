@@ -233,7 +233,10 @@ def test_two_processes_one_of_them_killed_and_then_three_write_the_same_bytes(sr
     assert together(tmp_path, data, args, 2) == [0, 0], (tmp_path / "err0.txt").read_text()
     same_files(out, mine)
     said = [(tmp_path / f"out{rank}.txt").read_text() for rank in (0, 1)]
-    assert said[0].startswith(f"wrote {out}: 41 latents, shape 4x4x4") and not said[1]
+    told, wrote, where = said[0].splitlines()
+    assert told == f"44 pictures in 3 classes, each a folder in {src}: a, b, c" and not said[1]
+    assert wrote.startswith(f"wrote {out}: 41 latents, shape 4x4x4")
+    assert where.endswith(f"{data.cache_folder() / 'tiny'}: put a copy there")
 
     shutil.rmtree(out)
     assert end(start(tmp_path, data, args, kill_at("chunks", 20))) == -signal.SIGKILL
@@ -294,8 +297,8 @@ def test_wrong_commands_get_one_line(src, mine, tmp_path, monkeypatch, capsys):
         (["imagenet", "--src", src, "--device", "abacus", *to], "not to be had"),
         (["imagenet", "--src", "nowhere", *to], "not a folder"),
         ([*imagenet, "--out", src / "a" / "out"], "among the pictures"),
-        ([*imagenet, "--out", mine], "already holds another data set"),
-        ([*imagenet, "--size", 32, "--out", half], "the beginning of another"),
+        ([*imagenet, "--out", mine], "already holds another data set, made with --size 32, --batch 2: give"),
+        ([*imagenet, "--size", 32, "--out", half], "the beginning of another data set, made with --batch 2:"),
         (["imagenet", "--src", "junk", "--size", 32, "--device", "cpu", *to], "none of the 3 pictures"),
         (["folder", "--src", src, "--size", 32, "--crop", "adm", *to], "--crop does nothing without"),
         (["vae-check", "nowhere.png"], "cannot be read"),
@@ -308,7 +311,8 @@ def test_wrong_commands_get_one_line(src, mine, tmp_path, monkeypatch, capsys):
             data.run(data.main)
         out, err = capsys.readouterr()
         lines = [line for line in err.splitlines() if not line.startswith(("skipped", "encoding", "\r"))]
-        assert stop.value.code == 2 and not out and len(lines) == 1, (args, out, err)
+        said = [line for line in out.splitlines() if "pictures in" not in line]
+        assert stop.value.code == 2 and not said and len(lines) == 1, (args, out, err)
         assert "error: " in lines[0] and words in lines[0], (args, err)
         assert not (tmp_path / "o" / "meta.json").exists()
     assert not list((tmp_path / "o").iterdir())                 # of junk nothing is left
@@ -386,7 +390,7 @@ def test_find_vae_from_a_file_a_folder_and_the_cache(tmp_path, monkeypatch):
     assert two.about == {"name": "vae", "sha256": sha256}
     with pytest.raises(data.UserError, match="vae-check PICTURE downloads it"):
         data.find_vae(download=False)
-    with pytest.raises(data.UserError, match="or name it with --weights FILE"):
+    with pytest.raises(data.UserError, match="in another way and put it at"):
         data.find_vae()
     with pytest.raises(data.UserError, match="holds vae.safetensors"):
         data.find_vae(tmp_path)

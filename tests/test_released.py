@@ -463,7 +463,7 @@ def test_training_starts_from_a_released_file(path):
     net, said = started(path)
     assert all(torch.equal(w, WEIGHTS[name]) for name, w in net.state_dict().items())
     assert said[0].endswith("46 of 46 tensors; new here: none; left over there: none")
-    assert len(said) == 2 and "its own mean and std" in said[1]
+    assert len(said) == 2 and "another mean and std" in said[1]
 
 
 def test_a_row_without_training_is_named(tmp_path):

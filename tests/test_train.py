@@ -401,7 +401,10 @@ def test_a_finished_run_that_is_resumed_says_so(lab, ten, tmp_path):
     assert (tmp_path / "trajectory.gif").exists()
     assert all(contents(tmp_path)[path] == content for path, content in before.items())
     elsewhere = lab.run("--resume", ten.one / "ckpt.pt", "--out", tmp_path / "other")
-    elsewhere.one_line("all its 10 steps", "--steps")
+    elsewhere.one_line("has done 10 steps", "more --steps")
+    lab.run("--resume", "--out", tmp_path, "--steps", 9).one_line("has done 10 steps", "more --steps")
+    longer = lab.run("--resume", "--out", tmp_path, "--steps", 12, "--lr", 2e-3).ok().out
+    assert "resuming with other settings: steps 12 (was 10), lr 0.002 (was 0.001)\n" in longer
     assert not (tmp_path / "other").exists()
 
 
@@ -573,7 +576,7 @@ def test_init_from_takes_what_fits_and_says_what_does_not(ten, tmp_path, capsys)
 def test_init_from_something_that_does_not_fit(lab, ten, tmp_path):
     torch.save({"format": "alphaflow-1", "net": {}, "ema": {"w": torch.zeros(3)}, "config": {}},
                tmp_path / "w.pt")
-    lab.run(*TEN, "--init-from", tmp_path / "w.pt", "--out", tmp_path / "a").one_line("not one tensor fits")
+    lab.run(*TEN, "--init-from", tmp_path / "w.pt", "--out", tmp_path / "a").one_line("0 of 56 tensors fit")
     lab.run("--resume", tmp_path / "w.pt", "--out", tmp_path / "a").one_line("no training state")
     ours, theirs = ten.one / "step5.pt", ten.one / "ckpt.pt"
     lab.run("--resume", ours, "--init-from", theirs, "--out", tmp_path / "a").one_line("--init-from")
