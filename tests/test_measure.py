@@ -306,7 +306,8 @@ class Trap:
 @pytest.mark.parametrize("said, change", [
     ("allow_pickle=False", dict(mu=np.array([Trap()], object))), ("cannot be read", "truncated"),
     ("sigma", dict(sigma=None)), ("5 dimensions, inception 6", dict(mu=np.zeros(5), sigma=np.eye(5))),
-    ("arr_0", dict(mu=None)), ("--prdc need pictures, not statistics", "--prdc"), ("preprocessing is", dict(preprocessing="nearest")),
+    ("arr_0", dict(mu=None)), ("--prdc need pictures, not statistics", "--prdc"),
+    ("preprocessing is", dict(preprocessing="nearest")),
     ("weights_sha256 is", dict(weights_sha256="0" * 64)), ("features is", dict(features="dinov2"))])
 def test_a_reference_that_does_not_fit_is_refused_before_any_picture(
         said, change, light, monkeypatch, capsys):
