@@ -333,6 +333,15 @@ def test_what_is_finished_or_impossible_asks_for_no_vae(src, mine, tmp_path, mon
         data.latents(src, tmp_path / "new", **SMALL)
 
 
+def test_chunks_hold_fewer_pictures_where_these_are_large(src, tmp_path, monkeypatch):
+    batch = {}
+    monkeypatch.setattr(data, "_plan", lambda src, out, limit, settings: batch.update(
+        {settings["size"]: settings["batch"]}))
+    for size in (16, 256, 512, 1024):
+        data.latents(src, tmp_path / "o", size, device="cpu")
+    assert batch == {16: 64, 256: 64, 512: 16, 1024: 4}
+
+
 def test_every_process_asks_for_the_vae_of_the_first(src, tmp_path):
     """On another node --weights may be another file of the same name."""
     def hook():
