@@ -943,7 +943,8 @@ def latents(src, out, size=256, limit=None, crop="lanczos", precision=None, vae=
             job |= _resume(job)
             names = job["names"]
             print(f"{len(job['files']):,} pictures in {len(names)} class{'es' * (len(names) > 1)}, each a "
-                  f"folder in {src}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}")
+                  f"folder in {src}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}; "
+                  f"their latents take {job['gigabytes']:.3g} GB")
         return job
 
     job = _on_first(rank, world, begin)
@@ -987,9 +988,9 @@ def _plan(src, out, limit, settings):
                         "give another folder, or delete that one")       # hours of work, perhaps
     shape = (8, settings["size"] // 8, settings["size"] // 8)
     there = sum(p.stat().st_size for p in (*out.glob("chunks/*.npz"), *out.glob("moments.npy*")))
-    need_space(out, len(files) * (2 * math.prod(shape) + 8) * 1.02 - there,
-               f"for {len(files)} pictures", "or --limit N")
-    return dict(asked, src=src, out=out, key=key, names=names, labels=labels, shape=shape, asked=asked,
+    whole = len(files) * (2 * math.prod(shape) + 8) * 1.02
+    need_space(out, whole - there, f"for {len(files)} pictures", "or --limit N")
+    return dict(asked, gigabytes=whole / 1e9, src=src, out=out, key=key, names=names, labels=labels, shape=shape, asked=asked,
                 files=[str(p) for p in files], chunks=-(-len(files) // settings["batch"]))
 
 
