@@ -990,8 +990,9 @@ def _plan(src, out, limit, settings):
     there = sum(p.stat().st_size for p in (*out.glob("chunks/*.npz"), *out.glob("moments.npy*")))
     whole = len(files) * (2 * math.prod(shape) + 8) * 1.02
     need_space(out, whole - there, f"for {len(files)} pictures", "or --limit N")
-    return dict(asked, gigabytes=whole / 1e9, src=src, out=out, key=key, names=names, labels=labels, shape=shape, asked=asked,
-                files=[str(p) for p in files], chunks=-(-len(files) // settings["batch"]))
+    return dict(asked, asked=asked, key=key, src=src, out=out, names=names, labels=labels, shape=shape,
+                files=[str(p) for p in files], chunks=-(-len(files) // settings["batch"]),
+                gigabytes=whole / 1e9)
 
 
 def _resume(job):

@@ -234,7 +234,8 @@ def test_two_processes_one_of_them_killed_and_then_three_write_the_same_bytes(sr
     same_files(out, mine)
     said = [(tmp_path / f"out{rank}.txt").read_text() for rank in (0, 1)]
     told, wrote, where = said[0].splitlines()
-    assert told == f"44 pictures in 3 classes, each a folder in {src}: a, b, c; their latents take 1.18e-05 GB"
+    assert told == (f"44 pictures in 3 classes, each a folder in {src}: a, b, c; "
+                    "their latents take 1.18e-05 GB")
     assert not said[1]
     assert wrote.startswith(f"wrote {out}: 41 latents, shape 4x4x4")
     assert where.endswith(f"{data.cache_folder() / 'tiny'}: put a copy there")

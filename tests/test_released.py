@@ -30,6 +30,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from model import DiT, DiTConfig, build  # noqa: E402
 from synthetic import synthetic_state  # noqa: E402
+from test_sample import Calls, cli  # noqa: E402, F401 (a fixture)
 
 CONFIG = DiTConfig(size=8, channels=4, patch=2, dim=64, depth=3, heads=4, classes=10)
 TABLE = "y_embedder.embedding_table.weight"
@@ -254,14 +255,6 @@ def test_other_archives_of_the_same_are_read_too(tmp_path, how):
     assert all(torch.equal(w, WEIGHTS[name]) for name, w in ckpt["ema"].items())
 
 
-class Calls:
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
 def test_a_hostile_file_in_this_layout_runs_nothing(tmp_path):
     marker, path = tmp_path / "owned", tmp_path / "hostile.pt"
     for evil in (Calls(os.system, f"touch {marker}"), Calls(eval, f"open({str(marker)!r}, 'w')"),
@@ -405,19 +398,6 @@ def test_a_vae_that_is_none_gets_one_line(tmp_path):
 
 
 # ------------------------------------------------------------------ the command line
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *map(str, argv)])
-        try:
-            data.run(sample.main)
-            status = 0
-        except SystemExit as leaving:
-            status = leaving.code
-        return status, *capsys.readouterr()
-    return call
 
 
 def test_the_command_line_draws_pictures_as_published(cli, whole):
