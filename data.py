@@ -912,13 +912,17 @@ def spread(labels, limit):
 
 def latents(src, out, size=256, limit=None, crop="lanczos", precision=None, vae="ema", weights=None,
             batch=None, device=None):
-    """Prepare the latents of a tree of pictures (see listing), on any number of processes.
+    """Prepare in `out` the latents of a tree of pictures (see listing), on any number of processes.
+
+    size: pixels, a multiple of 8 from 16 to 1024. limit: only so many pictures, see spread. crop: see
+    picture. precision: "bf16" or "fp32" (bf16 on CUDA if not given). vae, weights: see vae_file. batch:
+    pictures at once, 64 if not given, fewer above 256 pixels. device: see sample.pick_device.
+    UserError for what the person can mend, such as too little space on the disk.
 
     The pictures, sorted, are cut into chunks of `batch`, and a chunk is always encoded as a whole: what
     comes of a picture depends on nothing that is done when or where. A chunk is a file that has its name
     when it is whole: there is no other record of what is done. The first process joins them in the end.
-    Damaged files are reported, listed in meta.json and left out. precision: bf16 on CUDA, else fp32.
-    batch: 64, less above 256 pixels, as memory goes with their number.
+    Damaged files are reported, listed in meta.json and left out.
     """
     from sample import pick_device  # as in find_vae
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

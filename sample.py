@@ -505,7 +505,8 @@ def latent_stats(state, config):
 
 def same_latents(a, b):
     """Whether two {"mean", "std"} normalise latents alike, up to what re-encoding may change."""
-    return all(a[k].shape == b[k].shape and torch.allclose(a[k], b[k], 1e-3, 1e-3) for k in ("mean", "std"))
+    return all(k in a and a[k].shape == b[k].shape and torch.allclose(a[k], b[k], 1e-3, 1e-3)
+               for k in ("mean", "std"))
 
 
 def starting_weights(path, latents=None):
