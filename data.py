@@ -1102,9 +1102,9 @@ def _join(job):
               f"of {job['vae']['name']}")
     _publish(out, job["key"], [y for i, y in enumerate(job["labels"]) if i not in bad], job["names"],
              (4, *shape[1:]), source, array="moments.npy", **more)
-    if job["vae"]["name"] not in [Path(file).stem for file, *_ in VAE_WEIGHTS.values()]:
-        print(f"To make pictures of them, sample.py and fid.py will look for the VAE at "
-              f"{cache_folder() / job['vae']['name']}: put a copy there")
+    own = cache_folder() / job["vae"]["name"]
+    if own.name not in [Path(file).stem for file, *_ in VAE_WEIGHTS.values()] and not own.is_file():
+        print(f"to make pictures of them, sample.py and fid.py will look for the VAE at {own}: put a copy there")
 
 
 def statistics(moments):
