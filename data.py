@@ -1104,7 +1104,7 @@ def _join(job):
              (4, *shape[1:]), source, array="moments.npy", **more)
     own = cache_folder() / job["vae"]["name"]
     if own.name not in [Path(file).stem for file, *_ in VAE_WEIGHTS.values()] and not own.is_file():
-        print(f"to make pictures of them, sample.py and fid.py will look for the VAE at {own}: put a copy there")
+        print(f"to make pictures of them, sample.py and fid.py look for the VAE at {own}: put a copy there")
 
 
 def statistics(moments):
