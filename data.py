@@ -834,9 +834,10 @@ def cache_folder():
 def vae_file(weights=None, name="ema"):
     """-> path, about, addresses of the VAE asked for; about is {"name", "sha256"} of its weights.
 
-    name: "ema" or "mse", the published ones, or what about called it. They are looked for in `weights`
-    if that is given: a folder, or a file, which may be any in diffusers' or CompVis' layout. Else their
-    place is in the cache, and published ones need not be there yet. UserError if the others are not.
+    name: "ema" or "mse", the published ones, or a name that about once gave. They are looked for in
+    `weights` if that is given: a folder, or a file, which may be any in diffusers' or CompVis' layout.
+    Else their place is in the cache, and published ones need not be there yet. UserError if others are
+    not.
     """
     rows = VAE_WEIGHTS | {Path(row[0]).stem: row for row in VAE_WEIGHTS.values()}
     filename, sha256, _, addresses = rows.get(name) or (name, None, None, ())

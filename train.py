@@ -379,6 +379,29 @@ def init_from(net, path, say, latents=None):
         say(f"init-from {path}: {note}")
 
 
+def attempt_compile(eager, use):
+    """(torch.compile(eager), ""), or (eager, why not): it fails, or `use` makes another tensor with it."""
+    try:
+        fast = torch.compile(eager)
+        right = use(eager)
+        gap = ((right - use(fast)).norm() / right.norm()).item()
+        if not gap < 0.02:
+            raise ArithmeticError(f"compiled and eager results differ by {gap:.1e}")
+        return fast, ""
+    except Exception as error:                          # whatever it is, training must go on without it
+        return eager, f"{type(error).__name__}: {str(error)[:150]}".splitlines()[0]
+
+
+def seconds_of(call):
+    """The shortest of three calls that give a tensor, until the device is done with it."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        call().sum().item()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
 def compiled(run, autocast, autocast_jvp, say):
     """torch.compile of the network and of du/dt: (network, du/dt).
 
@@ -410,32 +433,14 @@ def compiled(run, autocast, autocast_jvp, say):
         with torch.no_grad(), autocast_jvp():
             return function(net, z, t, r, z, y)
 
-    def attempt(eager, use):
-        try:
-            fast = torch.compile(eager)
-            right = use(eager)
-            gap = ((right - use(fast)).norm() / right.norm()).item()
-            if not gap < 0.02:
-                raise ArithmeticError(f"compiled and eager results differ by {gap:.1e}")
-            return fast, ""
-        except Exception as error:                      # whatever it is, training must go on without it
-            return eager, f"{type(error).__name__}: {str(error)[:150]}".splitlines()[0]
-
-    def seconds(function):
-        times = []
-        for _ in range(3):
-            began = time.perf_counter()
-            tangent(function).sum().item()              # waits for the device
-            times.append(time.perf_counter() - began)
-        return min(times)
-
     with torch.no_grad():
         for p in net.parameters():                      # a fresh DiT is u = 0, on which all programs agree
             p.add_(0.02 * torch.randn_like(p))
-    fast, problem = attempt(net, gradient)
-    fast_du_dt, problem_du_dt = attempt(du_dt, tangent)
-    if fast_du_dt is not du_dt and (ratio := seconds(fast_du_dt) / seconds(du_dt)) > 1:
-        problem_du_dt = f"it takes {ratio:.2f} times as long as eager"
+    fast, problem = attempt_compile(net, gradient)
+    fast_du_dt, problem_du_dt = attempt_compile(du_dt, tangent)
+    if fast_du_dt is not du_dt:
+        ratio = seconds_of(lambda: tangent(fast_du_dt)) / seconds_of(lambda: tangent(du_dt))
+        problem_du_dt = f"it takes {ratio:.2f} times as long as eager" if ratio > 1 else ""
     with torch.no_grad():
         for p, w in zip(net.parameters(), weights):
             p.copy_(w)
