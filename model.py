@@ -4,15 +4,16 @@
     u = net(z, t, r, y)                     # the average velocity of the jump from time t down to time r
 
 t = 1 is noise, t = 0 is data, and z_r ≈ z_t - (t - r)·u. At r = t, u is the ordinary velocity of flow
-matching.
-
-Parameter names and layouts are those of the released α-Flow checkpoints, so that their weights load as
-they are. That is why the embedder of t is called `noise_labels_embedder` and that of t - r
-`noise_labels_next_embedder`.
+matching. Parameter names and layouts are those of the released α-Flow checkpoints, so that their weights
+load as they are: the embedder of t is called `noise_labels_embedder`, that of t - r
+`noise_labels_next_embedder`. Below the network: weights from files, without running what is in them.
 """
+import json
 import math
-from dataclasses import dataclass
+import zipfile
+from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,9 +34,9 @@ SIZES = {
 class DiTConfig:
     """The shape of a DiT; a checkpoint stores it, and it alone rebuilds the network.
 
-    size is height = width of z in pixels (or latent cells), patch the side of one token in the same unit.
-    classes counts the real classes: the label table has one row more, the null label of that index.
-    ValueError if size is not divisible by patch, dim by heads, or dim by 4 (position table).
+    size: height = width of z in pixels (or latent cells), patch: the side of one token in the same unit.
+    classes: the real ones; the label table has one row more, the null label of that index. ValueError
+    unless all are positive whole numbers, patch divides size, and heads and 4 (position table) divide dim.
     """
     size: int
     channels: int
@@ -46,39 +47,33 @@ class DiTConfig:
     classes: int
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-        if self.size % self.patch:
-            raise ValueError(f"size {self.size} is not divisible by patch {self.patch}")
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
-        if self.dim % 4:
-            raise ValueError(f"dim {self.dim} is not divisible by 4, which the 2-D position table needs")
+        if not all(isinstance(value, int) and value > 0 for value in vars(self).values()):
+            raise ValueError(f"not the sizes of a network: {self}")
+        if self.size % self.patch or self.dim % self.heads or self.dim % 4:
+            raise ValueError(f"size {self.size} must be divisible by patch {self.patch}, and dim {self.dim} "
+                             f"by heads {self.heads} and by 4")
 
 
 def build(name, size, channels, classes):
-    """A freshly initialised DiT from a name like "XL/2" (size "XL", patch 2).
+    """A freshly initialised DiT from a name like "XL/2": size and patch. The rest as in DiTConfig.
 
-    size: height = width of z. channels: of z. classes: real classes, without the null label.
-    Raises ValueError for an unknown name or sizes that do not fit together.
+    ValueError for an unknown name or sizes that do not fit together.
     """
     width, _, patch = name.partition("/")
-    if width not in SIZES or not patch.isdecimal() or int(patch) < 1:
+    if width not in SIZES or not patch.isdecimal():
         raise ValueError(f"unknown model {name!r}: give SIZE/PATCH, like B/2, with SIZE one of "
                          f"{', '.join(SIZES)}")
     depth, dim, heads = SIZES[width]
     return DiT(DiTConfig(size, channels, int(patch), dim, depth, heads, classes))
 
 
+# ---- the pieces ------------------------------------------------------------------------------------
+
 class Product(torch.autograd.Function):
-    """x Wᵀ + b with a forward-mode rule of its own, used where no gradient is asked for.
+    """x Wᵀ + b with a rule of its own for du/dt, in which the weights stand still.
 
-    PyTorch's rule is ẋWᵀ + xẆᵀ, and it multiplies by Ẇ even when that is all zeros. In du/dt the
-    weights stand still: without the second product the derivative costs about two forward passes, not three.
+    PyTorch's rule, ẋWᵀ + xẆᵀ, multiplies by Ẇ even when that is all zeros: three forward passes, not two.
     """
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x, weight, bias):
         return F.linear(x, weight, bias)
@@ -90,8 +85,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, x_tangent, weight_tangent, bias_tangent):
-        if weight_tangent is not None or bias_tangent is not None:
-            raise NotImplementedError("forward mode along the weights: enable gradients for PyTorch's rule")
+        assert weight_tangent is None and bias_tangent is None, "to move weights, enable gradients"
         return F.linear(x_tangent, *ctx.saved_tensors)
 
 
@@ -103,7 +97,7 @@ class Linear(nn.Linear):
 
 
 class TimeEmbedder(nn.Module):
-    """A time in [0, 1] (not ×1000) as 128 cosines and 128 sines, then a small MLP; never in bf16."""
+    """A time in [0, 1] as 128 cosines and 128 sines, then a small MLP; never in bf16."""
 
     def __init__(self, dim, frequencies=128):
         super().__init__()
@@ -114,7 +108,7 @@ class TimeEmbedder(nn.Module):
         # bf16 keeps 8 bits: it could not tell t = 0.99 from 1. So autocast stops here.
         with torch.autocast(t.device.type, enabled=False):
             k = torch.arange(self.frequencies, device=t.device, dtype=t.dtype)
-            angle = t[:, None] * torch.exp(-math.log(10000) * k / self.frequencies)    # (B, 128)
+            angle = t[:, None] * torch.exp(-math.log(10000) * k / self.frequencies)     # (B, 128)
             return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))               # (B, D)
 
 
@@ -203,6 +197,8 @@ class FinalLayer(nn.Module):
         return self.linear(norm(h, shift, scale))
 
 
+# ---- the network -----------------------------------------------------------------------------------
+
 class DiT(nn.Module):
     """u(z, t, r, y), the average velocity of a jump (α-Flow §2; the network: DiT §3, adaLN-zero)."""
 
@@ -241,19 +237,16 @@ class DiT(nn.Module):
 
         z: (B, C, H, W), H = W = config.size. t, r: (B,) floats in [0, 1], r ≤ t. y: (B,) int64 labels in
         [0, classes], `classes` being the null label. Returns u: (B, C, H, W) in z's dtype.
-        r > t is not an error: it means the jump from t up to r, but nothing here trains that.
-        ValueError if z has the wrong shape or, where looking is free (on the CPU), a label is out of range.
+        ValueError if z has the wrong shape.
         """
         cfg = self.config
         if z.shape[1:] != (cfg.channels, cfg.size, cfg.size):
             raise ValueError(f"z is {tuple(z.shape)}, but this network takes "
                              f"(B, {cfg.channels}, {cfg.size}, {cfg.size})")
-        if y.device.type == "cpu" and not torch.compiler.is_compiling() and y.numel():  # a GPU would sync
-            if not 0 <= int(y.min()) <= int(y.max()) <= cfg.classes:
-                raise ValueError(f"labels must lie in [0, {cfg.classes}], {cfg.classes} being the null "
-                                 f"label; got {int(y.min())} to {int(y.max())}")
 
         h = self.x_embedder(z) + self.pos_embed           # (B, T, D), float32 also under autocast
+        # t and the length t - r, not t and r: what a jump needs most is how far it goes, and r = t, plain
+        # flow matching, is the one value 0. Unscaled, where DiT has t·1000: du/dt is then of u's own size.
         c = self.noise_labels_embedder(t) + self.noise_labels_next_embedder(t - r) + self.y_embedder(y)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
@@ -279,3 +272,113 @@ def position_table(grid, dim):
     column = axis[None, :, :].expand(grid, grid, -1)
     row = axis[:, None, :].expand(grid, grid, -1)
     return torch.cat([column, row], dim=2).reshape(1, grid * grid, dim).float()
+
+
+# ---- weights from files, without running anything in them ------------------------------------------
+
+class Inert(dict):
+    """Stands for a class or function that a file names: keeps the items and attributes, runs nothing."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def __setstate__(self, state):
+        self.update(state if isinstance(state, dict) else {})
+
+
+def inert(name):
+    module, _, name = name.rpartition(".")
+    return type(name, (Inert,), {"__module__": module})   # by these two torch.load knows it
+
+
+def read_torch(path):
+    """What torch.save wrote, tensors on the CPU and mapped to the file, classes of others as inert dicts.
+
+    ValueError, in one line, for any other file; OSError for none.
+    """
+    open(path, "rb").close()                              # the system says best what is wrong with a path
+    try:
+        zipped, known = zipfile.is_zipfile(path), torch.serialization               # older files are none
+        foreign = known.get_unsafe_globals_in_checkpoint(str(path)) if zipped else []
+        with known.safe_globals([inert(name) for name in foreign]):
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:                            # damage can raise nearly anything
+        raise ValueError(f"{path} cannot be read: cut short, damaged or no file of torch.save "
+                         f"({type(error).__name__}; nothing in it was run)") from None
+
+
+SAFE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+        "BOOL": torch.bool}
+
+
+def read_tensors(path):
+    """-> {name: tensor on the CPU} from a .safetensors file or a state dict of torch.save; errors as above.
+
+    A .safetensors file: length of the header (8 bytes, little endian), the header (JSON), the numbers.
+    """
+    if not str(path).endswith(".safetensors"):
+        state = read_torch(path)
+        return state if isinstance(state, dict) else {}
+    open(path, "rb").close()
+    try:
+        raw, tensors = np.memmap(path, np.uint8, mode="r"), {}                          # (bytes,)
+        first = 8 + int.from_bytes(raw[:8].tobytes(), "little")                         # of the numbers
+        for name, entry in json.loads(raw[8:first].tobytes()).items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                numbers = torch.from_numpy(raw[first + start:first + end].copy())
+                tensors[name] = numbers.view(SAFE[entry["dtype"]]).view(entry["shape"])
+        return tensors
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or no .safetensors file ({type(error).__name__})") from None
+
+
+def fill(net, state, what):
+    """`net`, built on the meta device, with the tensors of `state`, frozen. ValueError if they do not fit."""
+    try:
+        net.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"not the weights of {what}: {reason}") from None
+    return net.requires_grad_(False).eval()
+
+
+FORMAT = "alphaflow-1"                                    # what train.py writes into its checkpoints
+
+
+def read_checkpoint(path):
+    """A checkpoint of train.py, or a released α-Flow file in the same layout; told apart by content.
+
+    A dict with net, ema, step, config, data; of latents their mean and std. Errors as in read_torch.
+    """
+    ckpt = read_torch(path)
+    try:
+        return ckpt if ckpt.get("format") == FORMAT else from_released(ckpt)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is no checkpoint of train.py and no whole released α-Flow file "
+                         f"({' '.join(str(error).split())[:100]}; nothing in it was run)") from None
+
+
+def from_released(theirs):
+    """A released α-Flow checkpoint in our layout; the shapes of its tensors tell the sizes."""
+    def below(prefix, state):
+        return {k.removeprefix(prefix): w for k, w in state.items() if k.startswith(prefix)}
+
+    state, label = theirs["ema"], "y_embedder.embedding_table.weight"
+    ema, net = below("model.", state), below("model.", theirs.get("net") or {})
+    if len(ema[label]) == 1000:                           # trained without guidance: there is no null label
+        ema[label] = torch.cat([ema[label], torch.zeros_like(ema[label][:1])])
+    dim, channels, patch, _ = ema["x_embedder.proj.weight"].shape
+    size = patch * math.isqrt(ema["pos_embed"].shape[1])
+    depth = len({k.split(".")[1] for k in ema if k.startswith("blocks.")})
+    heads = {d: h for _, d, h in SIZES.values()}.get(dim, max(4, dim // 64))            # no shape tells it
+    config = DiTConfig(size, channels, patch, dim, depth, heads, len(ema[label]) - 1)
+    mean, var = (state[f"autoencoder_{k}"][0].double().expand(channels, size, size) for k in ("mean", "var"))
+    std = (var + 1e-16).sqrt()
+    if not (mean + std).isfinite().all() or not state.get("are_ldm_stats_inited", torch.ones(1)).all():
+        raise ValueError("the statistics of its latents were never measured")
+    return {"format": FORMAT, "net": net, "ema": ema, "step": (theirs.get("stats") or {}).get("cur_step"),
+            "config": {"model": asdict(config), "recipe": {}}, "data": {"classes": config.classes},
+            "latents": {"mean": mean.float(), "std": std.float()},
+            "vae": below("autoencoder.model.model.", state)}
