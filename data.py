@@ -26,6 +26,7 @@ import os
 import shutil
 import sys
 import tarfile
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,25 +64,23 @@ def run(main):
     except (ValueError, OSError) as error:
         if os.environ.get("DEBUG"):
             raise
-        # Before the processes have met, what is wrong is wrong for all of them: the first one says it.
-        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
-            name = getattr(error, "filename", None)
-            line = f"{name}: {error.strerror}" if name and error.strerror else " ".join(str(error).split())
-            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)           # what is wrong for all, the first one says, and its end ends the others
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def place(device=None):
-    """(rank, world, device) of this process: torchrun's numbers, and cuda, mps or cpu if none is given."""
-    name = device or ("cuda" if torch.cuda.is_available() else
-                      "mps" if torch.backends.mps.is_available() else "cpu")
+    """(rank, world, device) of this process: torchrun's numbers, and cuda or cpu if none is given."""
+    # Not mps, which has no float64 and no forward-mode derivative of attention.
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
         torch.zeros(1, device=name)                     # the one test that cannot be wrong
     except (RuntimeError, AssertionError):
-        raise ValueError(f"device {name!r} is not to be had here: give cuda, cuda:1, mps or cpu") from None
+        raise ValueError(f"device {name!r} is not to be had here: give cuda, cuda:1 or cpu") from None
     if name.startswith("cuda"):
         torch.cuda.set_device(name)
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device(name)
@@ -130,7 +129,7 @@ def to_uint8(x):
 def replacing(path, sync=True):
     """A file to write; it gets the name `path` when the block ends well. Until then an old one stays."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")     # a process each
     try:
         with open(part, "wb") as file:
             yield file
@@ -178,17 +177,23 @@ class Filling:
 
     def write(self, rows, **arrays):
         """Store what the arrays hold in the chunk `rows`; only then does the chunk count as there."""
-        places = []
         for name, array in arrays.items():
             path = self.folder / f"{name}.npy"
-            offset = np.load(path, mmap_mode="r").offset            # of the first number in the file
-            places.append((path, offset + rows[0] * array[0].nbytes, array.tobytes()))
-        for path, at, data in [*places, (self.done, rows[0] // self.chunk, b"\1")]:
-            with open(path, "r+b") as file:
-                file.seek(at)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            whole = np.load(path, mmap_mode="r")        # not to write: a full disk would kill the process
+            numbers = np.ascontiguousarray(array, whole.dtype)
+            if numbers.shape != whole[rows.start:rows.stop].shape:
+                raise ValueError(f"{numbers.shape} does not fit the rows {rows} of {path}")
+            write_at(path, whole.offset + rows.start * whole.strides[0], numbers)
+        write_at(self.done, rows.start // self.chunk, b"\1")
+
+
+def write_at(path, position, numbers):
+    """Overwrite a piece of a file; on the disk when this returns."""
+    with open(path, "r+b") as file:
+        file.seek(position)
+        file.write(numbers)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # ---- a data set ------------------------------------------------------------------------------------
@@ -201,16 +206,15 @@ class Dataset:
     picture because its file was damaged; N are. about: name, shape of a picture, classes, names of the
     classes, range (lo, hi) of the stored integers, source. ValueError if they do not agree.
     """
-    channels_stored, dtype = 1, np.uint8                # numbers stored for each one of `shape`
+    stored, dtype = 1, np.uint8                         # stored channels for one of `shape`, their type
 
     def __init__(self, images, labels, about, seed=0, flip=False):
         self.images, self.about, self.seed, self.flip = images, about, seed, flip
         self.good = np.flatnonzero(labels >= 0)                                   # (N,)
         self.labels = labels[self.good]
         self.name, self.classes, self.shape = about["name"], about["classes"], tuple(about["shape"])
-        C, H, W = self.shape
-        if not (images.dtype == self.dtype and images.shape == (len(labels), self.channels_stored * C, H, W)
-                and labels.dtype == np.int64 and len(self.labels) and self.labels.max() < self.classes):
+        whole = (len(labels), self.stored * self.shape[0], *self.shape[1:])
+        if images.shape != whole or images.dtype != self.dtype or self.labels.max() >= self.classes:
             raise ValueError("pictures, labels and meta.json do not fit together")
         self.order = (None, None)                       # of which epoch, and its permutation
 
@@ -254,11 +258,13 @@ class Dataset:
         """-> the picture numbers (batch_size,) of the global batch."""
         passes = -(-batch_size // len(self))            # permutations joined: 2 or more if batch_size > N
         epoch, k = divmod(step, passes * len(self) // batch_size)
-        if self.order[0] != (epoch, passes):
+        key, order = self.order                         # taken and set at once: threads may ask, too
+        if key != (epoch, passes):
             epochs = range(epoch * passes, (epoch + 1) * passes)
-            shuffled = [np.random.default_rng(seeds(0, self.seed, e)).permutation(len(self)) for e in epochs]
-            self.order = ((epoch, passes), np.concatenate(shuffled))
-        return self.order[1][k * batch_size:(k + 1) * batch_size]
+            order = np.concatenate([np.random.default_rng(seeds(0, self.seed, e)).permutation(len(self))
+                                    for e in epochs])
+            self.order = ((epoch, passes), order)
+        return order[k * batch_size:(k + 1) * batch_size]
 
 
 class Latents(Dataset):
@@ -267,14 +273,14 @@ class Latents(Dataset):
     images: their moments, float16 (M, 8, h, w), means and log-variances. about has also vae, which one,
     and stats, (2, 4, h, w): mean and variance over the set at each position.
     """
-    channels_stored, dtype = 2, np.float16
+    stored, dtype = 2, np.float16
 
     def __init__(self, images, labels, about, seed=0, flip=False):
         about = dict(about)
         self.mean, var = (torch.tensor(a, dtype=torch.float64) for a in about.pop("stats"))
         self.mean, self.std = self.mean.float(), var.sqrt().float()               # (4, h, w)
         super().__init__(images, labels, about, seed, flip)
-        if not self.mean.shape == self.std.shape == self.shape or not (self.std > 0).all():
+        if self.mean.shape != self.shape or not (self.std > 0).all():
             raise ValueError("its statistics do not fit the latents")
 
     def read(self, rows):
@@ -302,11 +308,11 @@ def load(name_or_folder, seed=0, flip=False):
         about = dict(name=name, shape=[1, 8, 8], classes=10, names=list("0123456789"), range=[0, 16],
                      source="UCI Optical Recognition of Handwritten Digits, test part, CC BY 4.0")
         return Dataset(images, labels, about, seed, flip)
-    folder = next((p for p in (Path("data") / name, Path(name)) if (p / "meta.json").is_file()), None)
-    if folder is None:
-        known = {"mnist": "mnist", "cifar10": "cifar10", "imagenet256": "imagenet --src /path/to/train"}
-        src = name if Path(name).is_dir() else "DIR"    # raw pictures, perhaps
-        command = known.get(Path(name).name, f"folder --src {src} --size 64 --out data/{Path(name).name}")
+    folder = Path(name) if (Path(name) / "meta.json").is_file() else Path("data") / name
+    if not (folder / "meta.json").is_file():
+        known = {"mnist": "mnist", "cifar10": "cifar10", "imagenet256": "imagenet --src DIR"}
+        out = name if os.sep in name else f"data/{name}"
+        command = known.get(Path(name).name, f"folder --src DIR --size 64 --out {out}")
         raise ValueError(f"data set {name!r} is not prepared: type  python data.py {command}")
     try:
         about = json.loads((folder / "meta.json").read_text()) | {"name": folder.resolve().name}
@@ -344,8 +350,9 @@ def fetch(filename, checksum, urls, folder):
         if checksum_of(path, kind) != checksum:
             raise ValueError(f"{path} is not the published file (its {kind} differs): delete it")
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    problem = "it is not there"
     for url in urls:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with urllib.request.urlopen(url, timeout=30) as reply, replacing(path) as file, \
                     tqdm(desc=filename, total=int(reply.headers.get("Content-Length") or 0) or None,
@@ -359,15 +366,16 @@ def fetch(filename, checksum, urls, folder):
             return path
         except Exception as error:                      # a broken server can raise nearly anything
             problem = f"{url}: {error}"
-    raise ValueError(f"could not download {filename} ({problem}): get it in another way and put it at {path}")
+    raise ValueError(f"no {filename} ({problem}): get it in another way and put it at {path}")
 
 
+LECUN = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 MNIST = {   # file: md5 of the archive, md5 of what is inside
     "train-images-idx3-ubyte": ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "6bbc9ace898e44ae57da46a324031adb"),
     "train-labels-idx1-ubyte": ("d53e105ee54ea40749a09fcbcd1e9432", "a25bea736e30d166cdddb491f175f624"),
 }
-LECUN = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
-CIFAR10 = ("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", "https://www.cs.toronto.edu/~kriz/")
+CIFAR10 = ("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
+           ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"])
 
 
 def mnist(out, source=None):
@@ -376,13 +384,11 @@ def mnist(out, source=None):
     for name, (packed, inside) in MNIST.items():
         if source is None:
             path = fetch(name + ".gz", packed, [url + name + ".gz" for url in LECUN], out / "download")
-        else:
-            path = next((p for p in (source / (name + ".gz"), source / name) if p.is_file()), None)
-            if path is None:
-                raise ValueError(f"--from {source} holds neither {name}.gz nor {name}")
+        else:                                           # plain, or as the archive that is published
+            path = source / (name if (source / name).is_file() else name + ".gz")
         raw = path.read_bytes()
         with contextlib.suppress(Exception):            # damaged archives raise nearly anything
-            raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+            raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
         if hashlib.md5(raw).hexdigest() != inside:
             raise ValueError(f"{path} is not the published file (its md5 differs): get it again")
         # idx: two zeros, type, number of dimensions; each dimension as big-endian int32; then the bytes
@@ -395,9 +401,8 @@ def mnist(out, source=None):
 
 def cifar10(out, source=None):
     """The 50,000 training pictures of CIFAR-10, 3x32x32, from the archive of plain bytes."""
-    name, md5, url = CIFAR10
-    path = fetch(name, md5, [url + name], source or out / "download")
-    with tarfile.open(path) as tar:
+    name, md5, urls = CIFAR10
+    with tarfile.open(fetch(name, md5, [] if source else urls, source or out / "download")) as tar:
         files = {Path(member.name).name: tar.extractfile(member).read() for member in tar if member.isfile()}
     raw = b"".join(files[f"data_batch_{i}.bin"] for i in range(1, 6))
     rows = np.frombuffer(raw, np.uint8).reshape(-1, 1 + 3 * 32 * 32)              # label, then R, G, B
@@ -417,20 +422,19 @@ def listing(src):
     A class is a first-level folder, however deep its pictures lie; without folders there is one, "all".
     ValueError: `src` is no folder, holds no picture, or has pictures beside class folders.
     """
-    if not src.is_dir():
-        raise ValueError(f"{src} is not a folder: give the folder that holds the pictures")
-    found = sorted(Path(root) / name for root, _, names in os.walk(src) for name in names
-                   if name.lower().endswith(PICTURES))
-    inside = [path.relative_to(src).parts for path in found]
-    files = [path for path, parts in zip(found, inside) if not any(p.startswith(".") for p in parts)]
-    classes = [path.relative_to(src).parts[0] if path.parent != src else None for path in files]
-    if not files:
-        raise ValueError(f"{src} holds no picture: looked for {' '.join(PICTURES)} in it and below")
-    if None in classes and set(classes) != {None}:
-        loose = files[classes.index(None)].name
-        raise ValueError(f"{src} has pictures beside its class folders ({loose}): move them into one")
-    names = sorted({name or "all" for name in classes})
-    return files, [names.index(name or "all") for name in classes], names
+    found = sorted(Path(root) / name for root, _, names in os.walk(src, followlinks=True)
+                   for name in names)
+    inside = [path.relative_to(src) for path in found if path.suffix.lower() in PICTURES]
+    inside = [path for path in inside if not any(part.startswith(".") for part in path.parts)]
+    if not inside:
+        raise ValueError(f"{src} is no folder or holds no picture: looked for {' '.join(PICTURES)}")
+    classes = [path.parts[0] if len(path.parts) > 1 else "all" for path in inside]
+    loose = [path for path in inside if len(path.parts) == 1]
+    if loose and len(loose) < len(inside):
+        raise ValueError(f"{src} has pictures beside its class folders ({loose[0]}): move them into one")
+    names = sorted(set(classes))
+    number = {name: k for k, name in enumerate(names)}
+    return [src / path for path in inside], [number[name] for name in classes], names
 
 
 def picture(path, size=None):
@@ -478,6 +482,7 @@ def prepare(src, out, size, vae=None, device=None):
     key = hashlib.sha256(work.encode()).hexdigest()[:16]
     if finished(out, key):
         return
+    vae = str(Path(vae).resolve()) if vae and vae not in VAE_WEIGHTS else vae
     net = find_vae(vae, device) if vae else None
     meet()
     rows = ((8, size // 8, size // 8), np.float16) if vae else ((3, size, size), np.uint8)
@@ -487,6 +492,7 @@ def prepare(src, out, size, vae=None, device=None):
     if rank == 0:
         labels, images, about = np.load(filling.folder / "labels.npy"), out / "images.npy", {}
         if (labels < 0).all():
+            shutil.rmtree(filling.folder)               # next time they may be readable
             raise ValueError(f"none of the pictures in --src {src} could be read")
         if (filling.folder / "images.npy").exists():    # else a kill came between here and meta.json
             os.replace(filling.folder / "images.npy", images)
@@ -535,7 +541,8 @@ def finished(out, key):
         return False
     if json.loads((out / "meta.json").read_text()).get("key") != key:
         raise ValueError(f"--out {out} already holds another data set: give another folder, or delete it")
-    print(f"{out} is already prepared; next: python train.py --data {out}")
+    if place("cpu")[0] == 0:
+        print(f"{out} is already prepared; next: python train.py --data {out}")
     return True
 
 
@@ -550,22 +557,21 @@ def publish(out, labels, names, images=None, **about):
     with replacing(out / "meta.json") as file:
         meta = dict(shape=shape, classes=len(names), names=names, range=[0, 255], **about)
         file.write(json.dumps(meta).encode())
-    shutil.rmtree(out / "download", ignore_errors=True)
+    if images is not None:                              # and was downloaded, perhaps
+        shutil.rmtree(out / "download", ignore_errors=True)
     print(f"wrote {out}: {sum(y >= 0 for y in labels):,} {'latents' if 'vae' in about else 'pictures'} of "
           f"{'x'.join(map(str, shape))} in {len(names)} classes; next: python train.py --data {out}")
 
 
 # ---- the autoencoder of Stable Diffusion -----------------------------------------------------------
 
+HUB = "https://huggingface.co/stabilityai/sd-vae-ft-{}/resolve/{}/diffusion_pytorch_model.safetensors"
 VAE_WEIGHTS = {                                         # name: file, its sha256, where it is published
-    name: (f"sd-vae-ft-{name}.safetensors", sha256, [
-        f"https://huggingface.co/stabilityai/sd-vae-ft-{name}/resolve/{revision}/"
-        "diffusion_pytorch_model.safetensors" for revision in (commit, "main")])
-    for name, commit, sha256 in [
-        ("ema", "f04b2c4b98319346dad8c65879f680b1997b204a",
-         "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46"),
-        ("mse", "31f26fdeee1355a5c34592e401dd41e45d25a493",
-         "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815")]}
+    "ema": ("sd-vae-ft-ema.safetensors", "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
+            [HUB.format("ema", "f04b2c4b98319346dad8c65879f680b1997b204a"), HUB.format("ema", "main")]),
+    "mse": ("sd-vae-ft-mse.safetensors", "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+            [HUB.format("mse", "31f26fdeee1355a5c34592e401dd41e45d25a493"), HUB.format("mse", "main")]),
+}
 EPS = 1e-6                                              # of its norms, not PyTorch's 1e-5
 
 
@@ -687,10 +693,7 @@ def build_vae(state, groups=32, dtype=torch.float32):
 
 def find_vae(name="ema", device="cpu"):
     """The VAE on `device`, frozen: "ema" or "mse", the published ones (cache, else download), or a file."""
-    if name in VAE_WEIGHTS:
-        path = fetch(*VAE_WEIGHTS[name], cache_folder())
-    else:
-        path = Path(name)
+    path = fetch(*VAE_WEIGHTS[name], cache_folder()) if name in VAE_WEIGHTS else name
     try:
         return build_vae(read_tensors(path)).to(device)
     except (ValueError, AttributeError) as error:
@@ -720,23 +723,20 @@ def main():
         p = commands.add_parser(name, help=what)
         p.add_argument("--from", dest="source", type=Path, metavar="DIR", help="files you already have")
         p.add_argument("--out", type=Path, default=Path("data") / name, help=f"folder to write [data/{name}]")
-    for name, what in (("folder", "your own pictures; each first-level folder is a class"),
-                       ("imagenet", "the same as latents of 256x256 pixels, for the paper's recipes")):
+    for name, size, what in (("folder", 64, "your own pictures; each first-level folder is a class"),
+                             ("imagenet", 256, "the same as latents, for the paper's recipes")):
         p = commands.add_parser(name, help=what)
         p.add_argument("--src", type=Path, required=True, metavar="DIR", help="tree of png, jpeg or webp")
         p.add_argument("--out", type=Path, required=name == "folder", help="folder to write, like data/NAME")
-        p.add_argument("--size", type=int, default=64 if name == "folder" else 256, help="pixels a side")
-        if name == "folder":
-            p.add_argument("--latents", action="store_true", help="store what a VAE makes of them")
-        p.add_argument("--vae", default="ema", help="ema, mse or a file of weights, for latents [ema]")
-        p.add_argument("--device", help="cuda, mps or cpu, for latents [the first of these that is there]")
+        p.add_argument("--size", type=int, default=size, help=f"pixels a side [{size}]")
+        p.add_argument("--latents", action="store_true", default=size == 256, help="as a VAE sees them")
+        p.add_argument("--vae", default="ema", help="for latents: ema, mse or a file of weights [ema]")
+        p.add_argument("--device", help="for latents: cuda or cpu [cuda if there]")
     args = parser.parse_args()
-    if args.command in ("folder", "imagenet"):
-        vae = args.vae if args.command == "imagenet" or args.latents else None
-        prepare(args.src, args.out or Path(f"data/imagenet{args.size}"), args.size, vae, args.device)
+    if "src" in args:
+        out = args.out or Path(f"data/imagenet{args.size}")
+        prepare(args.src, out, args.size, args.vae if args.latents else None, args.device)
     elif not finished(args.out, args.command):
-        if args.source and not args.source.is_dir():
-            raise ValueError(f"--from {args.source} is not a folder: give the folder that holds the files")
         args.out.mkdir(parents=True, exist_ok=True)
         {"mnist": mnist, "cifar10": cifar10}[args.command](args.out, args.source)
     if dist.is_initialized():

@@ -14,6 +14,7 @@ The features decide what it means: Inception-v3 gives the FID of the papers, DIN
 bare pixels a thermometer for tiny pictures, which is never an FID. In order: distances, statistics batch
 by batch, the three networks, pictures from anywhere, the command line.
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -65,7 +66,7 @@ def gaussian(mu, cov):
     w, v = scipy.linalg.eigh(cov)                                                       # (d,), (d, d)
     if abs(cov - cov.T).max() > 1e-5 * abs(cov).max() or w[0] < -1e-5 * abs(w).max():
         raise ValueError("a covariance must be symmetric and have no negative eigenvalue")
-    # Eigenvalues that ought to be 0 come out as ± rounding errors, and the root makes 1e-8 of 1e-16.
+    # Eigenvalues that ought to be 0 come out as ± 1e-16, of which the root would make 1e-8.
     # With fewer pictures than features there are many of those, and their sum would show.
     large = w >= len(mu) * 2.2e-16 * w.max()
     return mu, v[:, large] * np.sqrt(w[large]), cov.trace()
@@ -79,22 +80,18 @@ def precision_recall(real, made, k=3):
     """
     if min(len(real), len(made)) <= k:
         raise ValueError(f"precision and recall need more than {k} pictures on each side")
+
     centre = real.double().mean(0)                      # far from 0, |a|² + |b|² - 2·a·b would cancel
     real, made = real.double() - centre, made.double() - centre
 
-    def distances(x, y):                                # squared, a piece of x at a time
-        for a in x.split(max(1, 2**25 // len(y))):
-            own = a.square().sum(1, keepdim=True)
-            d2 = own + y.square().sum(1) - 2 * a @ y.T                                  # (rows, len(y))
-            yield d2.masked_fill_(d2 < 1e-12 * own, 0)  # rounding left it of equal rows
+    def distances(x, y):                                # a piece of x at a time
+        return (torch.cdist(piece, y) for piece in x.split(max(1, 2**25 // len(y))))    # (rows, len(y))
 
-    def radii(x):                                       # the row itself is the nearest: hence k + 1
-        return torch.cat([d2.kthvalue(k + 1).values for d2 in distances(x, x)])
-
-    def inside(x, balls):
-        radius = radii(balls)
-        return torch.cat([(d2 <= radius).any(1) for d2 in distances(x, balls)]).double().mean().item()
-    return inside(made, real), inside(real, made)
+    def share_inside(x, balls):
+        # The row itself is the nearest of its neighbours: hence k + 1.
+        radius = torch.cat([d.kthvalue(k + 1).values for d in distances(balls, balls)])
+        return torch.cat([(d <= radius).any(1) for d in distances(x, balls)]).double().mean().item()
+    return share_inside(made, real), share_inside(real, made)
 
 
 # ---- statistics, batch by batch --------------------------------------------------------------------
@@ -223,8 +220,9 @@ POOLS = {
 class Mixed(nn.Module):
     """Branches side by side, joined along the channels; a is the number of channels that come in.
 
-    A branch is a line of layers, "NAME CHANNELS KERNEL" (1x1 if not given) or a pool, ">" between them.
-    Two branches may begin with the same layer. "3x3/2" has stride 2.
+    A branch is a line of layers with ">" between them: "branch5x5_1 48 > branch5x5_2 64 5x5" is a 1x1
+    convolution to 48 channels, then one of 5x5 to 64. "3x3/2" has stride 2, "max/2" is a pool. Two branches
+    may begin with the same layer.
     """
 
     def __init__(self, a, *branches):
@@ -288,8 +286,9 @@ class Inception(nn.Module):
                               " > branch3x3dbl_3 96 3x3/2", "max/2")
         self.Mixed_6b, self.Mixed_6c, self.Mixed_6d = mixed6(128), mixed6(160), mixed6(160)
         self.Mixed_6e = mixed6(192)
-        self.Mixed_7a = Mixed(768, "branch3x3_1 192 > branch3x3_2 320 3x3/2", "branch7x7x3_1 192 > branch7x7x3_2"
-                              " 192 1x7 > branch7x7x3_3 192 7x1 > branch7x7x3_4 192 3x3/2", "max/2")
+        self.Mixed_7a = Mixed(768, "branch3x3_1 192 > branch3x3_2 320 3x3/2",
+                              "branch7x7x3_1 192 > branch7x7x3_2 192 1x7 > branch7x7x3_3 192 7x1"
+                              " > branch7x7x3_4 192 3x3/2", "max/2")
         self.Mixed_7b = mixed7(1280, "average")
         self.Mixed_7c = mixed7(2048, "max")                 # in torchvision an average, too
         self.fc = nn.Linear(2048, 1008)
@@ -352,8 +351,8 @@ class ViT(nn.Module):
         """The position table (1, 1 + h·w, dim) for h x w patches."""
         if self.clip or h == w == self.grid:
             return self.pos_embed
-        # As in the original: in float32 whatever x is, no antialias, and by scale factors, 0.1 of a
-        # patch too large against rounding down. They set the sampling points: size= is something else.
+        # As in the original: in float32 whatever x is, no antialias, and by scale factors with 0.1 added,
+        # so that rounding never loses a row. They set the sampling points: size= would give others.
         table = self.pos_embed[:, 1:].float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
         scale = (h + 0.1) / self.grid, (w + 0.1) / self.grid
         table = F.interpolate(table, scale_factor=scale, mode="bicubic")                # (1, dim, h, w)
@@ -409,15 +408,15 @@ def build_network(kind, state, heads=None, dtype=torch.float32):
     kind: "inception", "dinov2" or "clip" (with or without its text half). heads: of a ViT, as no weight
     tells; by default dim // 64, which all published ones have. ValueError if they are of another network.
     """
-    state = clip_state(state) if kind == "clip" else dict(state)
-    state.pop("mask_token", None)                       # DINOv2's, for training
     try:
+        state = clip_state(state) if kind == "clip" else dict(state)
+        state.pop("mask_token", None)                   # DINOv2's, for training
         with torch.device("meta"):                      # no memory, no initial values
             if kind == "inception":
                 net = Inception()
                 for name in net.state_dict():           # counts steps of training; some files have it
                     if name.endswith("num_batches_tracked"):
-                        state.setdefault(name, torch.zeros(()))
+                        state.setdefault(name, torch.zeros((), device="cpu"))
             else:
                 dim, _, patch, _ = state["patch_embed.proj.weight"].shape
                 grid = math.isqrt(state["pos_embed"].shape[1] - 1)
@@ -425,7 +424,7 @@ def build_network(kind, state, heads=None, dtype=torch.float32):
                 out = state["proj"].shape[1] if kind == "clip" else None
                 net = ViT(dim, depth, heads or dim // 64, patch, grid, out)
         state = {name: w.detach().to(dtype) for name, w in state.items()}
-    except (KeyError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (LookupError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"not the weights of {kind}: {error!r}") from None
     return fill(net, state, kind)
 
@@ -442,7 +441,8 @@ def prepare_inception(u, dtype=torch.float32):
     for axis in (3, 2):
         size = x.shape[axis]
         if size != 299:
-            at = torch.arange(299, device=u.device) * torch.tensor(size / 299, device=u.device)     # (299,)
+            scale = torch.tensor(size / 299, device=u.device)
+            at = torch.arange(299, device=u.device) * scale                             # (299,)
             low = at.long()
             a, b = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=size - 1))
             d = at - low
@@ -514,25 +514,28 @@ class Extractor:
         self.about = {"features": name, "preprocessing": how}
         if name != "pixels":
             path = Path(weights) if weights else data.fetch(*WEIGHTS[name], data.cache_folder())
-            self.about["weights"] = data.checksum_of(path) if weights else WEIGHTS[name][1]
-            try:
-                self.net = build_network(name, read_tensors(path)).to(self.device)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+            self.net = build_network(name, read_tensors(path)).to(self.device)
+            published = not weights or data.checksum_of(path) == WEIGHTS[name][1]
+            self.about["weights"] = "published" if published else f"{path.name}, not the published ones"
 
     @torch.no_grad()
     def __call__(self, u):
         if not self.net:
+            if u[0].numel() > 3072:
+                raise ValueError("the distance on pixels is for pictures up to 3x32x32: give --features")
             return u.flatten(1).double() / 127.5 - 1, None
         found = []
-        with sample.exact_float32():
-            for piece in u.split(16 if self.device.type == "cpu" else len(u)):  # a CPU's cache holds no more
-                piece = piece.to(self.device).expand(-1, 3, -1, -1)
-                found.append(self.net(self.prepare(piece, next(self.net.parameters()).dtype)))
-        if self.name == "inception":
-            features, logits = zip(*found)
-            return torch.cat(features), torch.cat(logits)
-        return torch.cat(found), None
+        for piece in u.split(16 if self.device.type == "cpu" else len(u)):          # a CPU's cache is small
+            out = self.net(self.prepare(piece.to(self.device).expand(-1, 3, -1, -1)))
+            found.append(out if isinstance(out, tuple) else (out, out[:0]))
+        features, logits = (torch.cat(part) for part in zip(*found))
+        return features, logits if self.name == "inception" else None
+
+
+def extractors_for(names, shape, device, weights=None):
+    """A list of Extractors by their names, like "inception,dinov2"; if None, the one that fits `shape`."""
+    names = names or ("pixels" if math.prod(shape) <= 3072 else "inception")
+    return [Extractor(name, device, weights) for name in names.split(",")]
 
 
 # ---- pictures from anywhere ------------------------------------------------------------------------
@@ -576,7 +579,7 @@ def from_folder(folder, size=None):
             if isinstance(u, str):
                 raise ValueError(f"{files[k]} cannot be read ({u}): mend or remove it")
             if u.shape != found[0].shape:
-                raise ValueError(f"{files[k]} is {u.shape[2]}x{u.shape[1]}, others are not: give --size PIXELS")
+                raise ValueError(f"{files[k]} has another size than others: give --size PIXELS")
         return torch.from_numpy(np.stack(found))
     about = {"pictures": str(folder)} | ({"resized": f"Lanczos to {size}"} if size else {})
     return Pictures(len(files), tuple(read([0]).shape[1:]), read, about)
@@ -586,10 +589,8 @@ def from_npz(path):
     """Pictures in `arr_0`, uint8 (N, H, W, C), of an .npz, read in turn straight from the archive."""
     try:
         file = zipfile.ZipFile(path).open("arr_0.npy")
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else \
-            np.lib.format.read_array_header_2_0
-        (N, H, W, C), by_columns, dtype = read_header(file)
+        np.lib.format.read_magic(file)
+        (N, H, W, C), by_columns, dtype = np.lib.format.read_array_header_1_0(file)
         if by_columns or dtype != np.uint8 or C not in (1, 3):
             raise ValueError(f"{dtype} {(N, H, W, C)}")
     except Exception as error:                          # a damaged archive raises nearly anything
@@ -602,10 +603,9 @@ def from_npz(path):
             for k in rows:
                 file.seek(start + k * size)             # forwards: what lies between is read and let go
                 pictures += file.read(size)
-            u = torch.frombuffer(pictures, dtype=torch.uint8).view(len(rows), H, W, C)
+            return torch.frombuffer(pictures, dtype=torch.uint8).view(-1, H, W, C).permute(0, 3, 1, 2)
         except Exception as error:
             raise ValueError(f"{path} is damaged or cut short ({error})") from None
-        return u.permute(0, 3, 1, 2)
     return Pictures(N, (C, H, W), read, {"pictures": str(path)})
 
 
@@ -627,9 +627,22 @@ class Measured:
     """What is known of a set of pictures through one Extractor."""
     mean: torch.Tensor                                  # (dim,)
     cov: torch.Tensor                                   # (dim, dim)
+    about: dict                                         # what they are of
     score: tuple = None                                 # Inception Score and its deviation over splits
     rows: torch.Tensor = None                           # features (N, dim), if they were kept
-    about: dict = dataclasses.field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def exact_float32():
+    """No TF32 inside: its 10 bits would move pictures and features by more than some methods differ."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def measure(pictures, extractors, batch=64, keep=False):
@@ -639,26 +652,27 @@ def measure(pictures, extractors, batch=64, keep=False):
     for precision and recall. ValueError for fewer than 2 pictures.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, split = range(rank, pictures.count, world), split_numbers(pictures.count)
-    batches = [mine[i:i + batch] for i in range(0, len(mine), batch)]
-    stats, scores, kept = {}, {}, {e.name: [] for e in extractors}
-    with tqdm(total=len(mine), unit="img", disable=True if rank else None, leave=False) as bar:
+    if pictures.count < max(2, world):
+        raise ValueError(f"{pictures.count} pictures are too few: a covariance needs 2, a process 1")
+    N, mine, split = pictures.count, range(rank, pictures.count, world), split_numbers(pictures.count)
+    batches, stats, kept = [mine[i:i + batch] for i in range(0, len(mine), batch)], {}, {}
+    score = RunningScore(min(10, N))
+    bar = tqdm(total=len(mine), unit="img", disable=True if rank else None, leave=False)
+    with exact_float32(), bar:
         for rows, u in zip(batches, data.prefetch(map(pictures.read, batches), 2)):     # (b, C, H, W)
             for e in extractors:
                 features, logits = e(u)                                                 # (b, dim)
-                stats.setdefault(e.name, RunningStats(features.shape[1], features.device)).update(features)
+                stats.setdefault(e, RunningStats(features.shape[1], features.device)).update(features)
                 if logits is not None:
-                    scores.setdefault(e.name, RunningScore(min(10, pictures.count))).update(
-                        logits, split[list(rows)])
+                    score.update(logits, split[list(rows)])
                 if keep:
-                    kept[e.name].append(features.float().cpu())
+                    kept.setdefault(e, []).append(features.float().cpu())
             bar.update(len(rows))
-    result = []
+    score, result = score.all_merge().value(), []
     for e in extractors:
-        every = stats[e.name].all_merge()
-        score = scores[e.name].all_merge().value() if e.name in scores else None
-        rows = gather_rows(torch.cat(kept[e.name]), pictures.count) if keep else None
-        result.append(Measured(every.mean, every.cov(), score, rows, e.about | {"count": pictures.count}))
+        every, about = stats[e].all_merge(), {**e.about, **pictures.about, "count": N}
+        result.append(Measured(every.mean, every.cov(), about, score if e.name == "inception" else None,
+                               gather_rows(torch.cat(kept[e]), N) if keep else None))
     return result
 
 
@@ -671,11 +685,9 @@ def gather_rows(rows, count):
 
 def compare(extractor, made, real=None):
     """{title: number or (number, deviation)} of two Measured; of `made` alone if `real` is None."""
-    result = {}
+    result = {"Inception Score": made.score} if made.score else {}
     if real:
         result[extractor.title] = frechet_distance(made.mean, made.cov, real.mean, real.cov)
-    if made.score:
-        result["Inception Score"] = made.score
     if real and made.rows is not None and real.rows is not None:
         result["precision"], result["recall"] = precision_recall(real.rows, made.rows)
     return result
@@ -696,9 +708,9 @@ def read_stats(path):
             if ref + "mu" not in file:
                 return None
             about = json.loads(str(file["about"])) if "about" in file else {}
-            mu, sigma = (torch.from_numpy(file[ref + name].astype(np.float64)) for name in ("mu", "sigma"))
-            gaussian(mu[:1], sigma[:1, :1])             # numbers at all, before the work starts
-            return Measured(mu, sigma, about=about)
+            mu, sigma = file[ref + "mu"].astype(np.float64), file[ref + "sigma"].astype(np.float64)
+        gaussian(mu, sigma)                             # whether they are what they seem
+        return Measured(torch.from_numpy(mu), torch.from_numpy(sigma), about)
     except Exception as error:                          # a damaged archive raises nearly anything
         raise ValueError(f"{path} cannot be read as statistics: {' '.join(str(error).split())}") from None
 
@@ -720,95 +732,84 @@ def parse_flags():
     p.add_argument("--grid", help="the times of the jumps instead, like 1,0.55,0")
     p.add_argument("--sampler", choices=["ode", "consistency"], help="[ode; released files: as published]")
     p.add_argument("--samples", type=int, help="pictures to draw [as many as real ones, 50,000 at most]")
-    p.add_argument("--labels", choices=["data", "balanced", "random"], help="classes as often as in the data, "
-                   "equally often, or by chance [data where that is known, else random]")
+    p.add_argument("--labels", choices=["data", "balanced", "random"],
+                   help="classes as in the data, equally often, or by chance [data if known, else random]")
     p.add_argument("--raw", action="store_true", help="the weights as trained, not their running average")
     p.add_argument("--vae", help="ema, mse or a file, for latents [the one they were made with]")
     p.add_argument("--seed", type=int, default=0, help="picture k depends on the seed and k alone [0]")
     p.add_argument("--batch", type=int, default=64, help="pictures at a time [64]")
-    p.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
+    p.add_argument("--device", help="cuda or cpu [cuda if there]")
     p.add_argument("--json", type=Path, metavar="FILE", help="write values and protocol here as well")
     p.add_argument("--save-stats", type=Path, metavar="FILE.npz", help="write mu and sigma of the pictures")
     return p.parse_args()
 
 
-def open_ref(args):
-    """(real Pictures or None, Measured or None): what the pictures are compared with."""
-    if args.ref and args.ref.endswith(".npz"):
-        stats = read_stats(args.ref)
-        return (None, stats) if stats else (from_npz(args.ref), None)
-    if args.ref:
-        return open_pictures(args.ref, args.size), None
-    if not args.ckpt:
-        return None, None
-    ckpt = read_checkpoint(args.ckpt)
-    name = ckpt["config"].get("recipe", {}).get("data")
-    if name is None and not args.save_stats:
-        raise ValueError("the checkpoint names no training data: name real pictures with --ref")
-    return from_dataset(data.load(name)) if name else None, None
+def open_ref(ref, size=None):
+    """(real Pictures or None, Measured or None): pictures or statistics by their name."""
+    stats = read_stats(ref) if ref.endswith(".npz") else None
+    return (None, stats) if stats else (open_pictures(ref, size), None)
 
 
-def drawn(args, device, real):
+def drawn(args, ckpt, device, real):
     """The Pictures that --ckpt draws as the flags say."""
-    ckpt = read_checkpoint(args.ckpt)
-    net, decode = sample.load(args.ckpt, "raw" if args.raw else "ema", device, args.vae)
+    weights = "raw" if args.raw else "ema"
+    net, decode = sample.load(args.ckpt, weights, device, args.vae)
     counts = real and real.label_counts or (ckpt.get("data") or {}).get("label_counts")
-    counts = counts if counts and len(counts) == net.config.classes else None
-    labels = args.labels or ("data" if counts else "random")
+    labels = args.labels or ("data" if counts and len(counts) == net.config.classes else "random")
     grid, sampler = sample.sampling_plan(args.ckpt, args.nfe, args.grid, args.sampler)
     count = args.samples or min(50_000, real.count if real else 50_000)
-    about = {"pictures": str(args.ckpt), "step": ckpt.get("step"), "weights": "raw" if args.raw else "ema",
-             "nfe": len(grid) - 1, "times": grid, "sampler": sampler, "labels": labels, "seed": args.seed}
     y = sample.make_labels(labels, count, net.config.classes, args.seed, counts)
-    return from_network(net, decode, y, grid, sampler, args.seed, about)
+    return from_network(net, decode, y, grid, sampler, args.seed, {
+        "pictures": str(args.ckpt), "step": ckpt.get("step"), "weights": weights, "nfe": len(grid) - 1,
+        "times": grid, "sampler": sampler, "labels": labels, "seed": args.seed})
 
 
 def main():
     args = parse_flags()
     rank, world, device = data.place(args.device)
-    if bool(args.ckpt) == bool(args.pictures):
-        raise ValueError("give --ckpt FILE or --pictures DIR, NPZ or NAME")
-    if args.nfe and args.grid or args.batch < 1 or args.samples is not None and args.samples < 2:
-        raise ValueError("give --nfe or --grid, not both, a --batch of 1 and --samples of 2 or more")
-    real, stats = open_ref(args)
-    made = drawn(args, device, real) if args.ckpt else open_pictures(args.pictures, args.size)
-    names = args.features or ("pixels" if math.prod(made.shape) <= 3072 else "inception")
-    extractors = [Extractor(name, device, args.weights) for name in names.split(",")]
-    if not (real or stats or args.save_stats or names == "inception"):
+    if bool(args.ckpt) == bool(args.pictures) or args.nfe and args.grid:
+        raise ValueError("give --ckpt or --pictures, and --nfe or --grid, not both")
+    if args.batch < 1 or args.samples is not None and args.samples < 2:
+        raise ValueError("give a --batch of 1 or more and --samples of 2 or more")
+    ckpt = read_checkpoint(args.ckpt) if args.ckpt else {"config": {}}
+    ref = args.ref or ckpt["config"].get("recipe", {}).get("data")
+    real, stats = open_ref(ref, args.size) if ref else (None, None)
+    made = drawn(args, ckpt, device, real) if args.ckpt else open_pictures(args.pictures, args.size)
+    extractors = extractors_for(args.features, made.shape, device, args.weights)
+    if args.save_stats and len(extractors) > 1:
+        raise ValueError("--save-stats holds the statistics of one of --features: give one")
+    if not (real or stats or args.save_stats):
         raise ValueError("nothing to compare with: give --ref, or --save-stats FILE.npz")
     if real and real.shape != made.shape:
-        raise ValueError(f"the pictures are {made.shape}, the real ones {real.shape}: choose another --ref or --size")
-    if stats and any(stats.about.get(key, value) != value for e in extractors for key, value in e.about.items()):
-        raise ValueError(f"--ref {args.ref} holds statistics of other features: {stats.about}")
+        raise ValueError(f"pictures of {made.shape}, real ones of {real.shape}: give another --ref or --size")
+    if stats and any(stats.about.get(key, v) != v for e in extractors for key, v in e.about.items()):
+        raise ValueError(f"--ref {ref} holds statistics of other features: {stats.about}")
 
     data.meet()
-    theirs = measure(real, extractors, args.batch, args.precision_recall) if real else [stats] * len(extractors)
-    ours = measure(made, extractors, args.batch, args.precision_recall)
+    keep = args.precision_recall
+    theirs = measure(real, extractors, args.batch, keep) if real else [stats] * len(extractors)
+    ours = measure(made, extractors, args.batch, keep)
     if rank == 0:
-        report(args, made, real, stats, extractors, ours, theirs)
+        report(args, extractors, ours, theirs)
 
 
-def report(args, made, real, stats, extractors, ours, theirs):
+def report(args, extractors, ours, theirs):
     """Print the numbers and all that they depend on, and write them where the flags say."""
-    values = {}
+    result = []
     for e, one, other in zip(extractors, ours, theirs):
-        values |= {f"{title} [{e.name}]": v for title, v in compare(e, one, other).items()}
-    for title, v in values.items():
-        print(f"{title}: {v:.4f}" if isinstance(v, float) else f"{title}: {v[0]:.4f} ± {v[1]:.4f}")
-    reference = {"pictures": args.ref, **stats.about} if stats else real and {"count": real.count, **real.about}
-    protocol = {"pictures": {"count": made.count, "shape": made.shape, **made.about}, "reference": reference,
-                "features": [e.about for e in extractors]}
-    for side in (protocol["pictures"], reference or {}, *protocol["features"]):
-        print("  " + ", ".join(f"{key} {value}" for key, value in side.items()))
-    if made.count < 10_000 and any(e.net for e in extractors):
-        print(f"fid.py: warning: {made.count} pictures make distances too high; 50,000 are usual", file=sys.stderr)
-    if args.weights:
-        print("fid.py: warning: not the published network: comparable with no other numbers", file=sys.stderr)
+        values = compare(e, one, other)
+        result.append({**values, "pictures": one.about, "reference": other and other.about})
+        for title, v in values.items():
+            print(f"{title}: {v:.4f}" if isinstance(v, float) else f"{title}: {v[0]:.4f} ± {v[1]:.4f}")
+        for what in ("pictures", "reference"):
+            print(f"  {what}: " + ", ".join(f"{k} {v}" for k, v in (result[-1][what] or {}).items()))
+        if e.net and one.about["count"] < 10_000:
+            print("fid.py: warning: with so few pictures distances are too high; 50,000 are usual",
+                  file=sys.stderr)
     if args.json:
         with data.replacing(args.json) as file:
-            file.write(json.dumps({"values": values, **protocol}, indent=1, ensure_ascii=False).encode())
+            file.write(json.dumps(result, indent=1, ensure_ascii=False).encode())
     if args.save_stats:
-        ours[0].about |= made.about
         save_stats(args.save_stats, ours[0])
         print(f"wrote {args.save_stats}")
 

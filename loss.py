@@ -8,9 +8,9 @@ one or two jumps take noise (t = 1) to data (t = 0). With x data, e noise and Δ
     u_target = α·v + (1-α)·u(z - αΔ·v, t - αΔ, r, y)                                     0 < α <= 1
 
 that is: walk the share α of the jump along v, then let the network jump the rest. α = 1 is trajectory
-flow matching, α = 1/2 has the step length of the Shortcut model (whose first half is the network's own
-jump, where ours is v), and α → 0 tends to MeanFlow, u_target = v - Δ·du/dt. A curriculum anneals α from
-1 to 0. Rows with r = t learn v itself, which is plain flow matching.
+flow matching; α = 1/2 has the step length of the Shortcut model, which takes the first half with the
+network, too; and α → 0 tends to MeanFlow, u_target = v - Δ·du/dt. A curriculum anneals α from 1 to 0.
+Rows with r = t learn v itself, which is plain flow matching.
 
 The functions stand in the order of a training step and take any callable net(z, t, r, y) -> u. Images
 are (B, C, H, W), times and labels (B,). Leave times and labels on the CPU: which rows need which pass
@@ -39,7 +39,8 @@ def alpha_at(step, steps, schedule, window=(0.0, 1.0), start=1.0, end=0.0, gamma
         raise ValueError(f"unknown alpha schedule {schedule!r}: give one of {', '.join(SCHEDULES)}")
     if not (0 <= start <= 1 and 0 <= end <= 1 and 0 <= clamp < 0.5 and 0 < gamma < math.inf):
         raise ValueError("alpha's start and end must lie in [0, 1], clamp in [0, 0.5), gamma above 0")
-    if not 0 <= window[0] <= window[1] <= 1 or window[0] == window[1] and schedule not in SCHEDULES[:2]:
+    moves = schedule not in ("constant", "step")
+    if not 0 <= window[0] <= window[1] <= 1 or moves and window[0] == window[1]:
         raise ValueError(f"alpha moves in a window of two fractions of the run, like 0,0.5; got {window}")
     if schedule == "exponential" and not (start > 0 and end > 0):
         raise ValueError(f"an exponential cannot reach 0, got start {start} and end {end}")
@@ -97,15 +98,17 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
     if null is None:
         raise ValueError("guidance needs null, the index of the null label")
     guided = (t_min < t) & (t < t_max)                                              # strict, as published
-    ask = guided if u is None else guided & (t != r)    # the rows whose u(z, t, t, y) is not known yet
-    guided, ask = on(z, guided.nonzero().squeeze(1), ask.nonzero().squeeze(1))      # as row numbers
+    unknown = guided if u is None else guided & (t != r)    # rows whose u(z, t, t, y) is not known yet
+    guided, unknown = on(z, guided.nonzero().squeeze(1), unknown.nonzero().squeeze(1))  # row numbers
+    if not len(guided):
+        return v.detach()
     t, y = on(z, t, y)
-    both = torch.cat([ask, guided])                     # one call of the network for both branches
-    labels = torch.cat([y[ask], torch.full_like(guided, null)])
+    both = torch.cat([unknown, guided])                 # one call of the network for both branches
+    labels = torch.cat([y[unknown], torch.full_like(guided, null)])
     out = net(z[both], t[both], t[both], labels).to(v.dtype)
 
-    u_y = (v if u is None else u.detach().to(v.dtype)).index_copy(0, ask, out[:len(ask)])[guided]
-    u_null = out[len(ask):]
+    u_y = (v if u is None else u.detach().to(v.dtype)).index_copy(0, unknown, out[:len(unknown)])[guided]
+    u_null = out[len(unknown):]
     return v.index_copy(0, guided, omega * v[guided] + kappa * u_y + (1 - omega - kappa) * u_null)
 
 
@@ -273,9 +276,6 @@ def rowwise(a, like):
 
 
 def on(z, *small):
-    """Small host tensors on z's device, floats in its dtype."""
-    def move(a):
-        if z.is_cuda and not a.is_cuda:                 # pinned, or the copy would wait for the GPU's queue
-            a = a.pin_memory()
-        return a.to(z.device, z.dtype if a.is_floating_point() else a.dtype, non_blocking=z.is_cuda)
-    return [move(a) for a in small]
+    """Small host tensors on z's device, floats in its dtype; pinned, or the copy would wait for the GPU."""
+    small = [a.pin_memory() if z.is_cuda and not a.is_cuda else a for a in small]
+    return [a.to(z.device, z.dtype if a.is_floating_point() else a.dtype, non_blocking=True) for a in small]

@@ -10,7 +10,9 @@ load as they are: the embedder of t is called `noise_labels_embedder`, that of t
 """
 import json
 import math
+import warnings
 import zipfile
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -276,19 +278,15 @@ def position_table(grid, dim):
 
 # ---- weights from files, without running anything in them ------------------------------------------
 
-class Inert(dict):
-    """Stands for a class or function that a file names: keeps the items and attributes, runs nothing."""
+class Inert:
+    """Stands for a class or function that a file names, and runs nothing: an empty dict, which torch.load
+    fills, or, of a call with arguments, an object of no use."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__()
+    def __new__(cls, *args):
+        return super().__new__(cls) if args else OrderedDict()
 
     def __setstate__(self, state):
-        self.update(state if isinstance(state, dict) else {})
-
-
-def inert(name):
-    module, _, name = name.rpartition(".")
-    return type(name, (Inert,), {"__module__": module})   # by these two torch.load knows it
+        pass
 
 
 def read_torch(path):
@@ -300,7 +298,8 @@ def read_torch(path):
     try:
         zipped, known = zipfile.is_zipfile(path), torch.serialization               # older files are none
         foreign = known.get_unsafe_globals_in_checkpoint(str(path)) if zipped else []
-        with known.safe_globals([inert(name) for name in foreign]):
+        with known.safe_globals([(Inert, name) for name in foreign]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:                            # damage can raise nearly anything
         raise ValueError(f"{path} cannot be read: cut short, damaged or no file of torch.save "
@@ -327,7 +326,7 @@ def read_tensors(path):
         for name, entry in json.loads(raw[8:first].tobytes()).items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
-                numbers = torch.from_numpy(raw[first + start:first + end].copy())
+                numbers = torch.tensor(raw[first + start:first + end])                  # a copy
                 tensors[name] = numbers.view(SAFE[entry["dtype"]]).view(entry["shape"])
         return tensors
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:

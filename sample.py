@@ -11,7 +11,6 @@ down to r, so a step t -> s is one subtraction however long it is: z_s = z_t - (
 The paper has two samplers: one follows such jumps, the other jumps to t = 0 each time and puts noise
 back. What picture k starts from depends on the seed and k alone.
 """
-import contextlib
 import hashlib
 import json
 import math
@@ -45,13 +44,8 @@ def check_grid(grid):
     return grid
 
 
-# The published files: the sampler, and the times at 2 NFE. At 1 NFE both samplers are the same jump.
+# The published files that were not sampled by the ODE in equal jumps: sampler, times at 2 NFE.
 PUBLISHED = {
-    "meanflow-B-2": ("ode", [1.0, 0.5, 0.0]),
-    "alphaflow-B-2": ("ode", [1.0, 0.5, 0.0]),
-    "meanflow-B-2-cfg": ("ode", [1.0, 0.5, 0.0]),
-    "alphaflow-B-2-cfg": ("ode", [1.0, 0.5, 0.0]),
-    "meanflow-XL-2-cfg": ("ode", [1.0, 0.5, 0.0]),
     "alphaflow-XL-2-cfg": ("consistency", [1.0, 0.55, 0.0]),
     "alphaflow-XL-2-plus-cfg": ("consistency", [1.0, 0.5, 0.0]),
 }
@@ -62,10 +56,11 @@ def sampling_plan(path, nfe=None, grid=None, sampler=None):
 
     A published file, known by its name, is sampled as published; else equal jumps with the ODE sampler.
     """
-    published, two = PUBLISHED.get(Path(path).stem, ("ode", None))
+    published, at_two = PUBLISHED.get(Path(path).stem, ("ode", None))
     if grid is not None:
         return check_grid(grid.split(",")), sampler or published
-    return two if two and nfe == 2 and sampler is None else uniform_grid(nfe or 1), sampler or published
+    times = at_two if at_two and nfe == 2 and sampler is None else uniform_grid(nfe or 1)
+    return times, sampler or published
 
 
 # ---- the two samplers, α-Flow §6 -------------------------------------------------------------------
@@ -159,19 +154,6 @@ def decoder(latents, device, vae=None, state=None):
     return decode
 
 
-@contextlib.contextmanager
-def exact_float32():
-    """No TF32 inside: its 10 bits would move pictures and features by more than some methods differ."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-
-
 # ---- which picture is which ------------------------------------------------------------------------
 
 
@@ -184,7 +166,7 @@ def make_labels(protocol, count, classes, seed=0, label_counts=None):
     """
     if count < 1:
         raise ValueError(f"--samples {count}: give 1 or more")
-    if protocol == "random":                            # (seed, k, 0) is no key of noise_for
+    if protocol == "random":                            # noise_for has no step 0: another stream
         return torch.cat([torch.randint(classes, (1,), generator=data.generator(seed, k, 0))
                           for k in range(count)])
     if protocol == "balanced":
@@ -220,11 +202,10 @@ def draw(net, labels, rows, grid, sampler="ode", seed=0, callback=None):
     if check_grid(grid)[0] != 1:
         raise ValueError(f"the grid starts at {grid[0]:g}, but pictures start as pure noise, at 1")
     z, y = noise_for(rows, shape, seed).to(device), labels[rows].to(device)             # (b, C, H, W), (b,)
-    with exact_float32():
-        if sampler == "ode":
-            return ode(net, z, y, grid, callback)
-        noise = [noise_for(rows, shape, seed, i).to(device) for i in range(1, len(grid)) if grid[i] > 0]
-        return consistency(net, z, y, grid, noise, callback=callback)
+    if sampler == "ode":
+        return ode(net, z, y, grid, callback)
+    noise = [noise_for(rows, shape, seed, i).to(device) for i in range(1, len(grid)) if grid[i] > 0]
+    return consistency(net, z, y, grid, noise, callback=callback)
 
 
 # ---- to be looked at -------------------------------------------------------------------------------
@@ -309,8 +290,9 @@ def write_npz(path, pictures, labels, shape, batch, about):
     if filling.rank == 0:
         with data.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
             for name in ("arr_0.npy", "arr_1.npy"):
-                with archive.open(name, "w", force_zip64=True) as member, open(filling.folder / name, "rb") as f:
-                    shutil.copyfileobj(f, member, 1 << 20)
+                with open(filling.folder / name, "rb") as part:
+                    with archive.open(name, "w", force_zip64=True) as member:
+                        shutil.copyfileobj(part, member, 1 << 20)
         shutil.rmtree(filling.folder)
 
 
@@ -319,7 +301,7 @@ def write_folder(folder, pictures, count, batch, rank, world):
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise ValueError(f"--out {folder} is not empty, old pictures would mix with new ones: give another")
+            raise ValueError(f"--out {folder} is not empty: old pictures would mix with new ones")
     data.wait_for_all()
     for k in tqdm(range(0, count, batch)[rank::world], unit="batch", disable=True if rank else None):
         rows = range(k, min(count, k + batch))
@@ -344,7 +326,7 @@ def parse_flags():
                    "picture each time and put noise back [ode; released files: as published]")
     p.add_argument("--batch", type=int, default=256, help="pictures at a time [256]")
     p.add_argument("--vae", help="ema, mse or a file, for latents [the one they were made with]")
-    p.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
+    p.add_argument("--device", help="cuda or cpu [cuda if there]")
     p.add_argument("--out", help="FILE.png: a grid; FILE.npz: arr_0 as ADM's tools want it, labels arr_1; "
                    "FOLDER/: a PNG each [a grid beside the checkpoint]")
     p.add_argument("--trajectory", type=Path, metavar="FILE.gif", help="animate the first ten, in 16 steps")
@@ -354,21 +336,20 @@ def parse_flags():
 def main():
     args = parse_flags()
     rank, world, device = data.place(args.device)
+    torch.backends.cudnn.allow_tf32 = False             # its 10 bits would show in the pictures
     if args.nfe and args.grid or args.batch < 1:
         raise ValueError("give --nfe or --grid, not both, and a --batch of 1 or more")
     grid, sampler = sampling_plan(args.ckpt, args.nfe, args.grid, args.sampler)
-    weights, nfe = "raw" if args.raw else "ema", len(grid) - 1
-    about = read_checkpoint(args.ckpt).get("data") or {}
-    stat = args.ckpt.stat()
+    weights, nfe, batch = "raw" if args.raw else "ema", len(grid) - 1, args.batch
+    about, stat = read_checkpoint(args.ckpt).get("data") or {}, args.ckpt.stat()
     net, decode = load(args.ckpt, weights, device, args.vae)
     classes = net.config.classes
-    listed = args.classes.count(",") + 1 if args.classes[0].isdigit() else classes
+    listed = args.classes.count(",") + 1 if args.classes[:1].isdigit() else classes
     count = min(100, 10 * listed) if args.samples is None else args.samples
     labels = make_labels(args.classes, count, classes, args.seed, about.get("label_counts"))
-    out = args.out or str(args.ckpt.parent / f"grid_{sampler}_nfe{nfe}_{weights}.png")
-    path = Path(out)
+    path = Path(args.out or args.ckpt.parent / f"grid_{sampler}_nfe{nfe}_{weights}.png")
     if path.suffix not in (".png", ".npz", "") or path.suffix == ".png" and world > 1:
-        raise ValueError(f"--out {out}: give FILE.npz, FOLDER/ or, for one process, FILE.png")
+        raise ValueError(f"--out {path}: give FILE.npz, FOLDER/ or, for one process, FILE.png")
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def pictures(rows):
@@ -377,22 +358,20 @@ def main():
     data.meet()
     if path.suffix == ".npz":
         depends_on = [stat.st_size, stat.st_mtime_ns, weights, grid, sampler, args.classes, count, args.seed,
-                      args.batch, args.vae, device.type]
-        write_npz(path, pictures, labels, pictures(range(1)).shape[1:], args.batch, depends_on)
+                      batch, args.vae, device.type]
+        write_npz(path, pictures, labels, pictures(range(1)).shape[1:], batch, depends_on)
     elif path.suffix == ".png":
-        parts = [pictures(range(k, min(count, k + args.batch)))
-                 for k in tqdm(range(0, count, args.batch), unit="batch", disable=None)]
-        names = about.get("names") or range(classes)
+        parts = [pictures(range(k, min(count, k + batch))) for k in range(0, count, batch)]
         with data.replacing(path) as file:
-            labelled_grid(torch.cat(parts), labels, names).save(file, format="PNG")
+            sheet = labelled_grid(torch.cat(parts), labels, about.get("names") or range(classes))
+            sheet.save(file, format="PNG")
     else:
-        write_folder(path, pictures, count, args.batch, rank, world)
+        write_folder(path, pictures, count, batch, rank, world)
     if args.trajectory and rank == 0:
         trajectory(net, decode, labels[:10], args.trajectory, sampler, args.seed)
     if rank == 0:
-        print(f"wrote {path}{f' and {args.trajectory}' if args.trajectory else ''}: {count} pictures, {weights} "
-              f"weights, {nfe} NFE, {sampler}, times {','.join(f'{t:g}' for t in grid)}, labels "
-              f"{args.classes}, seed {args.seed}")
+        print(f"wrote {path}: {count} pictures, {weights} weights, {nfe} NFE, {sampler}, times "
+              f"{','.join(f'{t:g}' for t in grid)}, labels {args.classes}, seed {args.seed}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 
 The objective is chosen by its flags:
 
-    --alpha-schedule sigmoid     α-Flow            --alpha 0.5        Shortcut
+    --alpha-schedule sigmoid     α-Flow            --alpha 0.5        Shortcut's step length
     --alpha 0                    MeanFlow          --alpha 1          trajectory flow matching
                                                    --fm-ratio 1       plain flow matching
 """
@@ -94,7 +94,7 @@ RECIPES = {                 # --model: what differs from the paper's common sett
     "Ti/2": dict(SMALL, data="digits"),
     "Ti/4": dict(SMALL, data="mnist") | dict(steps=1875, batch=32, lr=2e-3),        # one epoch
     "Mi/2": dict(COLOUR, data="cifar10"),
-    "Mi/4": dict(COLOUR, data="mine"),                      # your own pictures: python data.py folder
+    "Mi/4": dict(COLOUR, data="mine"),                      # your own pictures: give --data
     # the paper's networks, in SD-VAE latents; -cfg: with guidance trained in
     "B/4": dict(),
     "B/2": dict(),
@@ -119,7 +119,9 @@ def recipe_for(dataset):
     channels, size, _ = dataset.shape
     if isinstance(dataset, data.Latents):
         return "B/2"
-    return "Ti/2" if size <= 8 else "Ti/4" if channels == 1 and size <= 32 else "Mi/2" if size <= 32 else "Mi/4"
+    if size <= 8:
+        return "Ti/2"
+    return ("Ti/4" if channels == 1 else "Mi/2") if size <= 32 else "Mi/4"
 
 
 def parse_flags():
@@ -131,7 +133,6 @@ def parse_flags():
     p = data.Parser(description="Train a DiT with the α-Flow objective.")
     p.add_argument("--model", help="recipe, which sets all else [the one that fits --data]: "
                    f"{', '.join(RECIPES)}; or any SIZE/PATCH")
-    p.add_argument("--list", action="store_true", help="print all recipes and exit")
     p.add_argument("--alpha", type=float, help="a constant α: --alpha-schedule constant --alpha-start α")
     for title, settings in SETTINGS.items():
         group = p.add_argument_group(f"{title} (in brackets the paper's value; recipes differ)")
@@ -146,10 +147,10 @@ def parse_flags():
     g.add_argument("--init-from", metavar="CKPT", help="start from another checkpoint's EMA weights")
     g.add_argument("--overwrite", action="store_true", help="replace the run that is already in --out")
     g = p.add_argument_group("machine")
-    g.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
+    g.add_argument("--device", help="cuda or cpu [cuda if there]")
     g.add_argument("--accumulate", type=int, default=1, help="micro-batches a step, to save memory [1]")
     g.add_argument("--recompute", action="store_true", help="backward computes the blocks again: less memory")
-    g.add_argument("--precision", choices=("bf16", "fp32"), help="of matrix products [bf16 on CUDA, else fp32]")
+    g.add_argument("--precision", choices=("bf16", "fp32"), help="of products [bf16 on CUDA, else fp32]")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the blocks [on CUDA]")
     g = p.add_argument_group("reports")
     g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl [10]")
@@ -157,8 +158,8 @@ def parse_flags():
     g.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints [10]")
     g.add_argument("--conflict-every", type=int, help="steps between measurements of the gradients' cosines")
     g.add_argument("--eval-every", type=int, help="steps between measurements by fid.py [never]")
-    g.add_argument("--eval-features", default="pixels", help="see fid.py --features [pixels]")
-    g.add_argument("--eval-samples", type=int, help="pictures drawn for that [as many as real ones, <= 50,000]")
+    g.add_argument("--eval-features", help="see fid.py --features")
+    g.add_argument("--eval-samples", type=int, help="pictures drawn for that [as many as real ones]")
     g.add_argument("--eval-ref", help="real pictures or statistics, see fid.py --ref [the training data]")
     return p.parse_args()
 
@@ -167,37 +168,29 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def list_recipes():
-    lines = ["common to all, unless it says otherwise: " + ", ".join(f"{k} {v}" for k, v in PAPER.items())]
-    lines += [f"{name}: " + (", ".join(f"{k} {v}" for k, v in recipe.items()) or "nothing differs")
-              for name, recipe in RECIPES.items()]
-    return "\n".join(textwrap.fill(line, 110, subsequent_indent="    ") for line in lines)
-
-
 def resolve(args, saved=None):
     """(recipe, data set): a resumed run's own recipe or the model's, with the given flags on top.
 
     ValueError, in one line, for what makes no sense.
     """
-    name, flip = args.data or saved and saved["data"], args.flip if args.flip is not None else False
-    model = args.model or saved and saved["model"] or ("Ti/2" if name is None else recipe_for(data.load(name)))
+    name = args.data or saved and saved["data"]
+    model = args.model or saved and saved["model"] or (recipe_for(data.load(name)) if name else "Ti/2")
     own = RECIPES.get(model, {})
-    if model not in RECIPES and network_name(model) != model:       # "meanflow-B/4" must not be α-Flow
+    if model not in RECIPES and network_name(model) != model:       # "meanflow-B/4" would train α-Flow
         raise ValueError(f"unknown recipe {model!r}: give one of {', '.join(RECIPES)}, or SIZE/PATCH")
     if saved and model != saved["model"]:
         raise ValueError(f"--resume continues a {saved['model']}, not a {model}; see --init-from")
-    recipe = {"model": model, **PAPER, **(saved or own)}
-    recipe.update({k: v for k, v in vars(args).items() if k in PAPER and v is not None})
+    given = {k: v for k, v in vars(args).items() if k in PAPER and v is not None}
+    recipe = {"model": model, **PAPER, **(saved or own), **given}
     if args.alpha is not None:
-        given = [flag(k) for k in vars(args) if k.startswith("alpha_") and getattr(args, k) is not None]
-        if given:
-            raise ValueError(f"--alpha is a constant, so {given[0]} would do nothing: give one of them")
+        if moving := [k for k in given if k.startswith("alpha_")]:
+            raise ValueError(f"--alpha is a constant, so {flag(moving[0])} would do nothing")
         recipe.update(alpha_schedule="constant", alpha_start=args.alpha)
     if args.alpha_schedule == "step" and args.alpha_window is None:
         recipe["alpha_window"] = (0.5, 0.5)             # in the whole-run window the step would be at step 0
-    if args.warmup is None and not saved and (args.steps and "warmup" not in own or
-                                              args.data not in (None, own.get("data"), PAPER["data"])):
-        recipe["warmup"] = min(recipe["warmup"], recipe["steps"] // 10)     # not made for a run like this
+    other_data = recipe["data"] != own.get("data", PAPER["data"])
+    if "warmup" not in given and not saved and (other_data or "steps" in given and "warmup" not in own):
+        recipe["warmup"] = min(recipe["warmup"], recipe["steps"] // 10)     # it may be longer than the run
     check(recipe)
     return recipe, data.load(recipe["data"], seed=recipe["seed"], flip=recipe["flip"])
 
@@ -225,7 +218,8 @@ def lr_at(recipe, step):
     """Linear warm-up, then constant; with a decay, down to 0 over the last `lr_tail` of the run."""
     lr = recipe["lr"] * min(1, (step + 1) / max(1, recipe["warmup"]))
     left = min(1, (1 - step / recipe["steps"]) / recipe["lr_tail"])                 # 1 before the tail
-    return lr * {"constant": 1, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[recipe["lr_decay"]]
+    cosine = (1 - math.cos(math.pi * left)) / 2
+    return lr * {"constant": 1, "linear": left, "cosine": cosine}[recipe["lr_decay"]]
 
 
 def ema_decay(recipe, step):
@@ -239,7 +233,7 @@ def random_numbers(recipe, step, dataset, device):
 
     Each process draws it all and keeps its own rows, so the numbers do not depend on how many there are.
     """
-    B, key = recipe["batch"], (0, recipe["seed"], step)             # four integers each: unlike sample.py's keys
+    B, key = recipe["batch"], (0, recipe["seed"], step)             # four integers: unlike sample.py's keys
     host, noise = data.generator(*key, 0), data.generator(*key, 1, device=device)
     t, r = sample_times(B, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"], host)
     numbers = {"t": t, "r": r, "drop": torch.rand(B, generator=host),               # (B,), on the CPU
@@ -263,8 +257,7 @@ def open_run(args):
     if ckpt and "optimizer" not in ckpt:
         raise ValueError(f"{path} holds no training state to resume; see --init-from")
     if (out / "ckpt.pt").exists() and not args.overwrite and not (ckpt and path.samefile(out / "ckpt.pt")):
-        raise ValueError(f"{out} already holds a run: --resume continues it, --overwrite replaces it, or give "
-                         "another --out")
+        raise ValueError(f"{out} already holds a run: give --resume, --overwrite or another --out")
     return out, ckpt
 
 
@@ -273,7 +266,7 @@ def assemble(args, rank, world, device, say):
     out, ckpt = open_run(args)
     recipe, dataset = resolve(args, ckpt and ckpt["config"]["recipe"])
     C, size, _ = dataset.shape
-    if recipe["batch"] % (world * args.accumulate):
+    if args.accumulate < 1 or args.log_every < 1 or recipe["batch"] % (world * args.accumulate):
         raise ValueError(f"--batch {recipe['batch']} is not divisible by {world} processes x "
                          f"{args.accumulate} micro-batches")
     torch.manual_seed(recipe["seed"])                   # the same first weights on all processes
@@ -286,8 +279,8 @@ def assemble(args, rank, world, device, say):
     model.to(device)
     model.recompute = args.recompute
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe["lr"], betas=(recipe["beta1"], recipe["beta2"]),
-                                 fused=device.type in ("cpu", "cuda"))
+    betas = recipe["beta1"], recipe["beta2"]
+    optimizer = torch.optim.Adam(model.parameters(), recipe["lr"], betas, fused=device.type != "mps")
     if ckpt:
         options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
         model.load_state_dict(ckpt["net"])
@@ -297,8 +290,8 @@ def assemble(args, rank, world, device, say):
     start = ckpt["step"] if ckpt else 0
     if start > recipe["steps"]:
         raise ValueError(f"that run has done {start} steps: give more --steps")
-    return SimpleNamespace(args=args, recipe=recipe, dataset=dataset, model=model, ema=ema, optimizer=optimizer,
-                           start=start, out=out, rank=rank, world=world, device=device, say=say)
+    return SimpleNamespace(args=args, recipe=recipe, dataset=dataset, out=out, start=start, say=say, rank=rank,
+                           world=world, device=device, model=model, ema=ema, optimizer=optimizer)
 
 
 def init_from(model, path, say):
@@ -308,7 +301,8 @@ def init_from(model, path, say):
     if len(fits) < len(ours) / 2:
         raise ValueError(f"--init-from {path}: {len(fits)} of {len(ours)} tensors fit this network")
     model.load_state_dict(fits, strict=False)
-    say(f"init-from {path}: {len(fits)} of {len(ours)} tensors; new here: {sorted(ours.keys() - fits) or 'none'}")
+    new = ", ".join(sorted(ours.keys() - fits)) or "none"
+    say(f"init-from {path}: {len(fits)} of {len(ours)} tensors; new here: {new}")
 
 
 def latents_of(dataset):
@@ -321,13 +315,13 @@ def save(run, finished):
     """Written beside it, flushed, renamed: whenever we are killed, ckpt.pt is a whole checkpoint."""
     ckpt = {"format": FORMAT, "net": run.model.state_dict(), "ema": run.ema.state_dict(),
             "optimizer": run.optimizer.state_dict(), "step": finished, "data": run.dataset.describe(),
-            "config": {"model": dataclasses.asdict(run.model.config), "recipe": run.recipe}}
-    latents = latents_of(run.dataset)
-    with data.replacing(run.out / "ckpt.pt") as file:
-        try:
-            torch.save(ckpt | ({"latents": latents} if latents else {}), file)
-        except RuntimeError as error:                   # how torch says that the disk is full
-            raise OSError(f"cannot save {run.out / 'ckpt.pt'}, is the disk full? ({str(error)[:80]})") from None
+            "config": {"model": dataclasses.asdict(run.model.config), "recipe": run.recipe},
+            "latents": latents_of(run.dataset)}
+    try:
+        with data.replacing(run.out / "ckpt.pt") as file:
+            torch.save(ckpt, file)
+    except RuntimeError as error:                       # how torch says that the disk is full
+        raise OSError(f"cannot save {run.out}/ckpt.pt, is the disk full? ({str(error)[:80]})") from None
 
 
 # ---- what it costs ---------------------------------------------------------------------------------
@@ -353,8 +347,9 @@ def forwards_of_step(recipe, alpha):
         return 3 + target
     times = torch.distributions.Normal(recipe["time_mean"], recipe["time_std"])
     ends = torch.tensor([recipe["t_min"], recipe["t_max"]], dtype=torch.float64).clamp(0, 1).logit()
-    low, high = times.cdf(ends).tolist()                # guidance: rows inside, with labels and without
-    return 3 + target + (high - low) * (jumps + 1)
+    low, high = times.cdf(ends).tolist()
+    fm, jump = (1 - jumps) * (high - low), jumps * (high**2 - low**2)       # guided; t is the later of two
+    return 3 + target + fm + 2 * jump                   # all without a label, those that jump with it, too
 
 
 def utilisation(run, alpha, images_per_s):
@@ -395,17 +390,15 @@ def preview(run, done, columns=20):
 def curve(run, width=900, height=110, left=70):
     """A picture of log.jsonl, one panel a quantity, the steps from left to right."""
     rows = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
-    panels = ["alpha", "loss_fm", "loss_jump", "err", "tangent", "grad_norm"]
-    panels += [k for k in ("cos_tfm_tc", "cos_tfm_tc_now") if any(k in row for row in rows)]
+    names = ["alpha", "loss_fm", "loss_jump", "err", "tangent", "grad_norm", "cos_tfm_tc", "cos_tfm_tc_now"]
+    panels = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}
+    panels = {name: points for name, points in panels.items() if points}
     image = Image.new("RGB", (width, height * len(panels)), "white")
-    pen, last = ImageDraw.Draw(image), max([1, *(row["step"] for row in rows)])
-    for i, name in enumerate(panels):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if not points:                                  # resumed into a new folder, and no line is due yet
-            continue
+    pen, last = ImageDraw.Draw(image), max(1, run.recipe["steps"])
+    for i, (name, points) in enumerate(panels.items()):
         values = sorted(value for _, value in points)
-        top = values[int(0.99 * (len(values) - 1))]     # a rare spike may not flatten the rest
-        low, top = (-1, 1) if name.startswith("cos") else (0, top or 1.0)
+        top = values[int(0.99 * (len(values) - 1))] or 1.0          # a rare spike may not flatten the rest
+        low, top = (-1, 1) if name.startswith("cos") else (0, top)
         floor, full = (i + 1) * height - 8, height - 30
         pen.line([(left, floor), (width - 10, floor)], fill="#cccccc")
         pen.line([(left + (width - 10 - left) * step / last,
@@ -419,15 +412,14 @@ def curve(run, width=900, height=110, left=70):
 def evaluation(run):
     """A function -> {"FID 1 NFE": ..., ...} of the EMA weights now, which all processes call together."""
     args = run.args
-    args.ref, args.size, args.ckpt = args.eval_ref, None, None
-    real, stats = fid.open_ref(args) if args.eval_ref else (fid.from_dataset(run.dataset), None)
-    extractors = [fid.Extractor(name, run.device) for name in args.eval_features.split(",")]
+    real, stats = fid.open_ref(args.eval_ref) if args.eval_ref else (fid.from_dataset(run.dataset), None)
+    extractors = fid.extractors_for(args.eval_features, (real or run.dataset).shape, run.device)
     theirs = [stats] * len(extractors) if stats else fid.measure(real, extractors)
     counts = run.dataset.describe()["label_counts"]
     count = args.eval_samples or min(50_000, real.count if real else 50_000)
     labels = sample.make_labels("data", count, run.dataset.classes, 0, counts)
     run.say(f"evaluation: {count} pictures of the EMA weights, labels as in the data, seed 0, against "
-            f"{args.eval_ref or run.dataset.name}; {args.eval_features}")
+            f"{args.eval_ref or run.dataset.name}; {', '.join(e.name for e in extractors)}")
 
     def evaluate():
         values = {}
@@ -440,13 +432,14 @@ def evaluation(run):
 
 
 def conflict(run, alpha):
-    """The paper's measurement on the first batch: at α = 0 and at the current α; raw weights."""
-    numbers = random_numbers(run.recipe, 0, run.dataset, run.device)
-    x, y = run.dataset.batch(0, batch_size=run.recipe["batch"])
-    x = run.dataset.sample(x.to(run.device), numbers.get("posterior"))
+    """The paper's measurement at α = 0 and at the current α, on a fixed micro-batch and the raw weights."""
+    rows, numbers = own_rows(run, 0), random_numbers(run.recipe, 0, run.dataset, run.device)
+    x, y = run.dataset.batch(0, rows.start, rows.step, run.recipe["batch"])
+    posterior = numbers["posterior"][rows] if "posterior" in numbers else None
+    x = run.dataset.sample(x.to(run.device), posterior)
     t, r = sample_times(len(x), 0.0, run.recipe["time_mean"], run.recipe["time_std"], data.generator(0))
     options = {k: run.recipe[k] for k in ("omega", "kappa", "t_min", "t_max")}
-    options.update(e=numbers["e"], t=t, r=r, null=run.model.config.classes)
+    options.update(e=numbers["e"][rows], t=t, r=r, null=run.model.config.classes)
     with torch.compiler.set_stance("force_eager"):
         now = gradient_conflict(run.model, x, y, alpha, **options) if alpha > 0 else {}
         return gradient_conflict(run.model, x, y, 0.0, **options) | {f"{k}_now": v for k, v in now.items()}
@@ -494,7 +487,8 @@ def backward(run, ddp_model, loader, step, alpha, objective, autocast):
     numbers, total = random_numbers(run.recipe, step, run.dataset, run.device), {}
     for m in range(run.args.accumulate):
         (x, y), mine = next(loader), {k: v[own_rows(run, m)] for k, v in numbers.items()}
-        x = run.dataset.sample(x.to(run.device, non_blocking=True), mine.pop("posterior", None))    # (b, C, H, W)
+        x = x.to(run.device, non_blocking=True)
+        x = run.dataset.sample(x, mine.pop("posterior", None))                      # (b, C, H, W)
         last = m == run.args.accumulate - 1 or run.world == 1
         with contextlib.nullcontext() if last else ddp_model.no_sync():             # DDP averages once
             with autocast:
@@ -517,7 +511,8 @@ def mean_over_processes(run, stats):
 def train(run, ddp_model, autocast, evaluate=None):
     """The loop. Step k is a function of the state after step k-1 and of (seed, k): to resume is to go on."""
     args, recipe, model, steps = run.args, run.recipe, run.model, run.recipe["steps"]
-    objective = {k: recipe[k] for k in ("omega", "kappa", "t_min", "t_max", "label_drop", "clip", "c", "shrink_c")}
+    names = ("omega", "kappa", "t_min", "t_max", "label_drop", "clip", "c", "shrink_c")
+    objective = {name: recipe[name] for name in names}
     # The prediction goes through DDP, whose backward averages gradients; targets need none and do without.
     objective.update(null=model.config.classes, target_net=model, derivative=eager_du_dt)
     write, loader, stop = run.rank == 0 and open_log(run), data.prefetch(micro_batches(run)), catch_signals()
@@ -529,8 +524,8 @@ def train(run, ddp_model, autocast, evaluate=None):
         stats = backward(run, ddp_model, loader, step, alpha, objective, autocast)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not math.isfinite(norm):                     # here the host waits for the device
-            raise ValueError(f"the gradient of step {step} is not finite (alpha {alpha:g}); the last checkpoint "
-                             "stays, continue with --resume and a smaller --lr")
+            raise ValueError(f"the gradient of step {step} is not finite (alpha {alpha:g}): the last "
+                             "checkpoint stays, go on from it with --resume and a smaller --lr")
         if norm > recipe["grad_clip"]:
             torch.nn.utils.clip_grads_with_norm_(parameters, recipe["grad_clip"], norm)
         run.optimizer.param_groups[0]["lr"] = lr_at(recipe, step)
@@ -540,11 +535,12 @@ def train(run, ddp_model, autocast, evaluate=None):
             torch._foreach_lerp_(averages, parameters, 1 - ema_decay(recipe, step))
 
         done = step + 1
-        stopping = done == steps or all_agree_to_stop(run, stop, step)
+        stopping = done == steps or any_told_to_stop(run, stop)
         began = time.perf_counter()
         if step % args.log_every == 0 or stopping:
-            stats, speed = mean_over_processes(run, stats), recipe["batch"] * (step - logged) / (began - clock)
-            mfu, logged, clock = utilisation(run, alpha, speed), step, began
+            speed = recipe["batch"] * (step - logged) / (began - clock)
+            stats, mfu = mean_over_processes(run, stats), utilisation(run, alpha, speed)
+            logged, clock = step, began
             bar.set_postfix(alpha=f"{alpha:.3g}", err=f"{stats['err']:.3g}", img_s=f"{speed:.4g}",
                             **({"mfu": f"{mfu:.0%}"} if mfu else {}))
             if write:
@@ -560,12 +556,10 @@ def train(run, ddp_model, autocast, evaluate=None):
     return steps
 
 
-def all_agree_to_stop(run, stop, step):
-    """Whether any process was told to stop; asked in every tenth step, for all must stop at the same one."""
+def any_told_to_stop(run, stop):
+    """Whether any process got a signal: all must stop at the same step."""
     if run.world == 1:
         return bool(stop)
-    if step % 10:
-        return False
     told = torch.tensor(float(bool(stop)), device=run.device)
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
     return bool(told)
@@ -585,9 +579,12 @@ def report(run, step, alpha, write, evaluate, bar):
     if write and args.conflict_every and step % args.conflict_every == 0:
         write(step=step, **conflict(run, alpha))
     if write and (done % (args.preview_every or max(1, steps // 10)) == 0 or done == steps):
-        if run.decode:
-            preview(run, done)
-        curve(run)
+        try:
+            if run.decode:
+                preview(run, done)
+            curve(run)
+        except (OSError, ValueError, RuntimeError) as error:        # a picture is not worth the run
+            bar.write(f"no pictures after step {step}: {error}", file=sys.stderr)
     if evaluate and (done % args.eval_every == 0 or done == steps):
         values = evaluate()
         if write:
@@ -597,39 +594,43 @@ def report(run, step, alpha, write, evaluate, bar):
 
 def introduce(run, kind):
     """What runs here: network, data, recipe, cost."""
-    about, recipe = run.dataset.describe(), dict(run.recipe)
-    recipe["ema_half_life"] = min(recipe["ema_half_life"], recipe["ema_ramp"] * recipe["steps"])    # what acts
-    parameters, flops = sum(p.numel() for p in run.model.parameters()), flops_of_forward(run.model.config)
-    run.say(f"{recipe['model']} on {about['name']}: {parameters:,} parameters, {about['count']:,} of "
-            f"{'x'.join(map(str, about['shape']))}, {about['classes']} classes; {run.device}, {run.world} "
-            f"process{'es' * (run.world > 1)}, {kind} products")
+    about, recipe, config = run.dataset.describe(), dict(run.recipe), run.model.config
+    # The half-life that is reached: in a short run the ramp ends below it.
+    recipe["ema_half_life"] = min(recipe["ema_half_life"], round(recipe["ema_ramp"] * recipe["steps"], 3))
+    run.say(f"{recipe['model']}, {sum(p.numel() for p in run.model.parameters()):,} parameters, on "
+            f"{about['name']}, {about['count']:,} of {'x'.join(map(str, about['shape']))}; {run.device}, "
+            f"{run.world} process{'es' * (run.world > 1)}, {kind} products")
     run.say(textwrap.fill("recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items()), 110))
-    costs = (forwards_of_step(recipe, alpha) * recipe["batch"] * flops / 1e12 for alpha in (1, 0.5, 0))
-    run.say("TFLOPs a step: {:.3g} at α = 1, {:.3g} between, {:.3g} at α = 0".format(*costs))
-    if run.start:
-        run.say(f"resuming at step {run.start} of {recipe['steps']}")
+    batch = recipe["batch"] * flops_of_forward(config) / 1e12
+    costs = (f"{forwards_of_step(recipe, alpha) * batch:.3g} at α = {alpha}" for alpha in (1, 0.5, 0))
+    run.say(f"TFLOPs a step: {', '.join(costs)}" + f"; resuming at step {run.start}" * (run.start > 0))
 
 
 def main():
     args = parse_flags()
-    if args.list:
-        print(list_recipes())
-        return
     rank, world, device = data.place(args.device)
     run = assemble(args, rank, world, device, print if rank == 0 else lambda *_: None)
     cuda, latents = device.type == "cuda", latents_of(run.dataset)
-    run.decode = sample.decoder(latents, device) if cuda or not latents else None   # seconds a picture on a CPU
+    run.decode = sample.decoder(latents, device) if cuda or not latents else None   # a CPU takes seconds
     if args.eval_every and not run.decode:
         raise ValueError("--eval-every on latents needs a GPU")
 
     # Only matrix products are rounded: weights, targets, residual stream, norms, times, loss are float32.
     kind = args.precision or ("bf16" if cuda else "fp32")
-    torch.set_float32_matmul_precision("high" if kind == "bf16" else "highest")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16")
     introduce(run, kind)
-    run.out.mkdir(parents=True, exist_ok=True)
-    (run.out / "recipe.json").write_text(json.dumps(run.recipe, indent=1) + "\n")
+    if rank == 0:
+        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / "recipe.json").write_text(json.dumps(run.recipe, indent=1) + "\n")
+        for old in (run.out / "ckpt.pt", *run.out.glob("samples_*.png")):
+            if run.start == 0:                          # --overwrite: the old run is gone now
+                old.unlink(missing_ok=True)
     data.meet("nccl" if cuda else "gloo", minutes=60)
+    starts = [run.start] * world
+    if world > 1:
+        dist.all_gather_object(starts, run.start)
+    if set(starts) != {run.start}:
+        raise ValueError(f"the processes would start at steps {starts}: all must see the same --out")
     evaluate = evaluation(run) if args.eval_every else None
     ddp_model = run.model
     if cuda if args.compile is None else args.compile:
@@ -641,13 +642,14 @@ def main():
                                             gradient_as_bucket_view=True)           # no second copy
     done, ckpt = train(run, ddp_model, autocast, evaluate), run.out / "ckpt.pt"
     if done < run.recipe["steps"]:
-        run.say(f"stopped after step {done}; continue with: python train.py --resume {ckpt}")
+        run.say(f"stopped after step {done}, saved; --resume {ckpt} continues")
     elif rank == 0:
-        if run.decode:
+        pictures = run.decode is not None
+        if pictures:
             labels = torch.arange(10) % run.dataset.classes
             sample.trajectory(run.ema, run.decode, labels, run.out / "trajectory.gif")
-        print(f"done: {run.out}/ holds ckpt.pt, samples_*.png, trajectory.gif, curve.png and log.jsonl. "
-              f"Next: python sample.py --ckpt {ckpt} --nfe 1")
+        print(f"done: {run.out}/ holds ckpt.pt, log.jsonl, curve.png"
+              f"{', samples_*.png, trajectory.gif' * pictures}. Next: python sample.py --ckpt {ckpt} --nfe 1")
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """What a training step costs, relative to plain flow matching on the same network and batch. Run by hand:
 
     python tests/bench_step.py                     # Ti/2 on digits, the machine's default device
+    python tests/bench_step.py --model XL/2 --size 32 --channels 4 --batch 2 --rounds 1     # 15 GB, 5 minutes
     python tests/bench_step.py --model B/2 --size 32 --channels 4 --batch 32 --device cuda
 
 One round times every variant once, so that a busy machine disturbs all alike; the medians over rounds
@@ -19,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from loss import alpha_flow_loss  # noqa: E402
 from model import build  # noqa: E402
+from train import memory_mb  # noqa: E402
 
 VARIANTS = {                # name: (alpha, share of rows with r = t, guidance)
     "flow matching": (1.0, 1.0, {}),
@@ -63,7 +65,8 @@ def main():
     base = statistics.median(seconds["flow matching"][2:])
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
     machine = torch.cuda.get_device_name() if x.is_cuda else cpu
-    print(f"{args.model}, batch {args.batch}, torch {torch.__version__}, {machine}")
+    print(f"{args.model}, batch {args.batch}, torch {torch.__version__}, {machine}, "
+          f"peak memory {memory_mb(x.device):,.0f} MB")
     for name, values in seconds.items():
         median = statistics.median(values[2:])
         print(f"{name:22s} {1000 * median:8.1f} ms   x {median / base:.2f}")

@@ -1,12 +1,14 @@
-"""Parity: the network, its derivatives, the α-Flow target, weight, loss, gradients, and the schedules.
+"""Parity: the network, its derivatives, the α-Flow target, weight, loss, gradients, and the schedules;
+at the end how loss.py is called, and what it refuses.
 
     python -m pytest tests/test_golden.py
 
 golden/ holds numbers only; golden/README.md says what they are and where they come from. Everything is
 compared in float64 to 1e-11 and in float32 to 2e-5, of the largest entry (or of 1). The samplers'
-numbers are in test_sample.py.
+numbers are in test_files.py. The method itself, fact by fact, is in ../test_loss.py.
 """
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -206,6 +208,57 @@ def test_schedules():
                 assert isinstance(alpha, float) and alpha == pytest.approx(value, abs=1e-14), (s, step)
 
 
-def test_an_exponential_to_0_is_refused():
-    with pytest.raises(ValueError, match="cannot reach 0"):
-        L.alpha_at(0, 1000, "exponential", end=0.0)
+# ---- how loss.py is called -------------------------------------------------------------------------
+
+def test_target_net_makes_the_targets():
+    """net predicts and learns; target_net runs the guidance and u_next: under DDP the bare model."""
+    net, (x, e, t, r, y), _, _, alpha, (omega, kappa, t_min, t_max, null) = setting(
+        "cfg_a0.5", list(range(8)), torch.float64)
+    calls = []
+
+    def spy(name):
+        def call(z, t, r, y):
+            calls.append((name, len(z), torch.is_grad_enabled()))
+            return net(z, t, r, y)
+        return call
+
+    loss, _ = L.alpha_flow_loss(spy("net"), x, y, alpha, e=e, t=t, r=r, target_net=spy("target"),
+                                omega=omega, kappa=kappa, t_min=t_min, t_max=t_max, null=null)
+    check(loss, LOSS["cfg_a0.5/loss"].mean(), torch.float64)
+    assert calls[0] == ("net", 8, True) and calls[-1] == ("target", 5, False) and len(calls) == 3
+    assert calls[1][::2] == ("target", False)
+
+
+def test_a_seed_fixes_the_step():
+    """Noise, times and dropped labels come from the generator alone."""
+    net, (x, _, _, _, y), *_ = setting("nocfg_a0.5", list(range(8)), torch.float32)
+    one, again, other = (
+        L.alpha_flow_loss(net, x, y, 0.5, generator=torch.Generator().manual_seed(seed), label_drop=0.5,
+                          null=NULL)[0].item()
+        for seed in (5, 5, 6))
+    assert one == again != other
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(schedule="sigmoidal"), dict(start=1.5), dict(end=-0.1), dict(end=math.nan), dict(clamp=0.5),
+    dict(clamp=-0.1), dict(gamma=0), dict(gamma=math.nan), dict(window=(-0.1, 1)), dict(window=(0, 1.1)),
+    dict(window=(0.8, 0.2)), dict(window=(0.5, 0.5)), dict(schedule="exponential"),
+    dict(schedule="exponential", start=0, end=0.5)], ids=str)
+def test_a_curriculum_that_cannot_be_meant_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"\A.+\Z"):        # one line
+        L.alpha_at(**{**dict(step=0, steps=100, schedule="sigmoid"), **wrong})
+
+
+X, T, Y = torch.zeros(2, 4, 8, 8), torch.tensor([0.5, 1.0]), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize("words, call", [
+    ("fm_ratio", lambda: L.sample_times(8, 1.1)), ("std", lambda: L.sample_times(8, 0.5, std=0)),
+    ("alpha", lambda: L.u_target(None, X, T, T, X, Y, 1.1)),
+    ("alpha", lambda: L.alpha_flow_loss(golden_net(torch.float32), X, Y, -0.1)),
+    ("null", lambda: L.alpha_flow_loss(golden_net(torch.float32), X, Y, 0, omega=2.0)),
+    ("null", lambda: L.alpha_flow_loss(None, X, Y, 0, label_drop=0.1)),
+    ("together", lambda: L.alpha_flow_loss(None, X, Y, 0, t=T))])
+def test_so_is_an_objective(words, call):
+    with pytest.raises(ValueError, match=rf"\A.*{words}.*\Z"):
+        call()
