@@ -61,6 +61,8 @@ def run(main):
     """
     try:
         main()
+        if dist.is_initialized():                       # its threads can abort a process that just ends
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         if os.environ.get("DEBUG"):
             raise
@@ -739,8 +741,6 @@ def main():
     elif not finished(args.out, args.command):
         args.out.mkdir(parents=True, exist_ok=True)
         {"mnist": mnist, "cifar10": cifar10}[args.command](args.out, args.source)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -603,7 +603,8 @@ def from_npz(path):
             for k in rows:
                 file.seek(start + k * size)             # forwards: what lies between is read and let go
                 pictures += file.read(size)
-            return torch.frombuffer(pictures, dtype=torch.uint8).view(-1, H, W, C).permute(0, 3, 1, 2)
+            u = torch.frombuffer(pictures, dtype=torch.uint8).view(len(rows), H, W, C)
+            return u.permute(0, 3, 1, 2)
         except Exception as error:
             raise ValueError(f"{path} is damaged or cut short ({error})") from None
     return Pictures(N, (C, H, W), read, {"pictures": str(path)})
@@ -780,6 +781,8 @@ def main():
         raise ValueError("--save-stats holds the statistics of one of --features: give one")
     if not (real or stats or args.save_stats):
         raise ValueError("nothing to compare with: give --ref, or --save-stats FILE.npz")
+    if args.precision_recall and not real or args.samples and args.pictures:
+        raise ValueError("--precision-recall needs pictures as --ref, --samples a --ckpt")
     if real and real.shape != made.shape:
         raise ValueError(f"pictures of {made.shape}, real ones of {real.shape}: give another --ref or --size")
     if stats and any(stats.about.get(key, v) != v for e in extractors for key, v in e.about.items()):

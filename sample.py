@@ -59,7 +59,7 @@ def sampling_plan(path, nfe=None, grid=None, sampler=None):
     published, at_two = PUBLISHED.get(Path(path).stem, ("ode", None))
     if grid is not None:
         return check_grid(grid.split(",")), sampler or published
-    times = at_two if at_two and nfe == 2 and sampler is None else uniform_grid(nfe or 1)
+    times = at_two if at_two and nfe == 2 and sampler is None else uniform_grid(1 if nfe is None else nfe)
     return times, sampler or published
 
 

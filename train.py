@@ -94,7 +94,7 @@ RECIPES = {                 # --model: what differs from the paper's common sett
     "Ti/2": dict(SMALL, data="digits"),
     "Ti/4": dict(SMALL, data="mnist") | dict(steps=1875, batch=32, lr=2e-3),        # one epoch
     "Mi/2": dict(COLOUR, data="cifar10"),
-    "Mi/4": dict(COLOUR, data="mine"),                      # your own pictures: give --data
+    "Mi/4": dict(COLOUR, data="PICTURES"),                  # your own: give --data
     # the paper's networks, in SD-VAE latents; -cfg: with guidance trained in
     "B/4": dict(),
     "B/2": dict(),
@@ -200,6 +200,8 @@ def check(recipe):
     wrong = [k for k in positive.split() if not recipe[k] > 0]
     wrong += [k for k in ("label_drop", "beta1", "beta2", "lr_tail") if not 0 <= recipe[k] <= 1]
     wrong += [] if recipe["t_min"] < recipe["t_max"] else ["t_min"]
+    moves = recipe["alpha_schedule"] != "constant"
+    wrong += ["alpha_start"] if moves and recipe["alpha_start"] == recipe["alpha_end"] else []
     wrong += [] if recipe["lr_decay"] in ("constant", "linear", "cosine") else ["lr_decay"]
     if wrong:
         raise ValueError(f"{flag(wrong[0])} cannot be {recipe[wrong[0]]}: see --help")
@@ -254,6 +256,8 @@ def open_run(args):
         path = Path(args.resume)
     out = Path(args.out or path.parent)
     ckpt = read_checkpoint(path) if args.resume and (args.resume != "auto" or path.exists()) else None
+    if args.init_from and args.resume not in (None, "auto"):
+        raise ValueError("--resume goes on with its own weights: --init-from would do nothing")
     if ckpt and "optimizer" not in ckpt:
         raise ValueError(f"{path} holds no training state to resume; see --init-from")
     if (out / "ckpt.pt").exists() and not args.overwrite and not (ckpt and path.samefile(out / "ckpt.pt")):
@@ -290,8 +294,8 @@ def assemble(args, rank, world, device, say):
     start = ckpt["step"] if ckpt else 0
     if start > recipe["steps"]:
         raise ValueError(f"that run has done {start} steps: give more --steps")
-    return SimpleNamespace(args=args, recipe=recipe, dataset=dataset, out=out, start=start, say=say, rank=rank,
-                           world=world, device=device, model=model, ema=ema, optimizer=optimizer)
+    return SimpleNamespace(args=args, recipe=recipe, dataset=dataset, out=out, start=start, rank=rank,
+                           world=world, device=device, model=model, ema=ema, optimizer=optimizer, say=say)
 
 
 def init_from(model, path, say):
@@ -320,7 +324,7 @@ def save(run, finished):
     try:
         with data.replacing(run.out / "ckpt.pt") as file:
             torch.save(ckpt, file)
-    except RuntimeError as error:                       # how torch says that the disk is full
+    except (OSError, RuntimeError) as error:            # how torch says that the disk is full
         raise OSError(f"cannot save {run.out}/ckpt.pt, is the disk full? ({str(error)[:80]})") from None
 
 
@@ -523,8 +527,8 @@ def train(run, ddp_model, autocast, evaluate=None):
         alpha = alpha_of(recipe, step)
         stats = backward(run, ddp_model, loader, step, alpha, objective, autocast)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if not math.isfinite(norm):                     # here the host waits for the device
-            raise ValueError(f"the gradient of step {step} is not finite (alpha {alpha:g}): the last "
+        if not math.isfinite(norm + stats["loss"]):     # here the host waits for the device
+            raise ValueError(f"loss or gradient of step {step} is not finite (alpha {alpha:g}): the last "
                              "checkpoint stays, go on from it with --resume and a smaller --lr")
         if norm > recipe["grad_clip"]:
             torch.nn.utils.clip_grads_with_norm_(parameters, recipe["grad_clip"], norm)
@@ -614,6 +618,8 @@ def main():
     run.decode = sample.decoder(latents, device) if cuda or not latents else None   # a CPU takes seconds
     if args.eval_every and not run.decode:
         raise ValueError("--eval-every on latents needs a GPU")
+    if not args.eval_every and (args.eval_features or args.eval_samples or args.eval_ref):
+        raise ValueError("--eval-features, --eval-samples and --eval-ref need --eval-every STEPS")
 
     # Only matrix products are rounded: weights, targets, residual stream, norms, times, loss are float32.
     kind = args.precision or ("bf16" if cuda else "fp32")
@@ -650,8 +656,6 @@ def main():
             sample.trajectory(run.ema, run.decode, labels, run.out / "trajectory.gif")
         print(f"done: {run.out}/ holds ckpt.pt, log.jsonl, curve.png"
               f"{', samples_*.png, trajectory.gif' * pictures}. Next: python sample.py --ckpt {ckpt} --nfe 1")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
