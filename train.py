@@ -593,7 +593,8 @@ def report(run, step, alpha, write, evaluate, bar):
         values = evaluate()
         if write:
             write(step=step, **values)
-            bar.write(f"step {step}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
+            bar.write(f"step {step}: " + ", ".join(f"{k} {v if isinstance(v, tuple) else round(v, 4)}"
+                                                   for k, v in values.items()))
 
 
 def introduce(run, kind):

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "golden")]
@@ -83,20 +82,13 @@ def test_the_weights_are_those_of_the_golden_results(kind, golden, name):
 
 # ---- Inception-v3 ----------------------------------------------------------------------------------
 
-def pytorch_fid(u, dtype):
-    """How pytorch-fid prepares pictures: not ours, but the network has to agree on those as well."""
-    return 2 * F.interpolate(u.to(dtype) / 255, (299, 299), mode="bilinear", align_corners=False) - 1
-
-
-@pytest.mark.parametrize("way, case", [
-    ("tf", "299"), ("tf", "64"), ("tf", "28"), ("tf", "rect"), ("tf", "big"), ("pf", "64"), ("pf", "256")])
-def test_inception_agrees(way, case):
+@pytest.mark.parametrize("case", ["299", "64", "28", "rect", "big"])
+def test_inception_agrees(case):
     u = pictures(f"inception_{case}").expand(-1, 3, -1, -1)
-    prepare = fid.prepare_inception if way == "tf" else pytorch_fid
-    features, logits = network("inception")(prepare(u, F64))
+    features, logits = network("inception")(fid.prepare_inception(u, F64))
     assert features.shape == (len(u), 2048) and logits.shape == (len(u), 1008)
-    close(features[:, ::8], INCEPTION[f"{way}_pool_{case}"], 1e-9)
-    close(logits[:, ::8], INCEPTION[f"{way}_logits_{case}"], 1e-9)
+    close(features[:, ::8], INCEPTION[f"tf_pool_{case}"], 1e-9)
+    close(logits[:, ::8], INCEPTION[f"tf_logits_{case}"], 1e-9)
 
 
 MEAN, STD = (torch.tensor(v, dtype=F64).view(3, 1, 1) for v in IMAGENET)
@@ -234,26 +226,8 @@ def test_a_flat_picture_tells_the_epsilon_of_the_norms(tag, rel):
     close(vae(tag).encode(x)[0], VAE[f"{tag}_mean_flat"], rel)
 
 
-def test_logvar_is_clamped_and_mean_is_not():
-    bias = torch.tensor([99., -99, 0, 0, 99, -99, 0, 0])                    # of the mean, then of logvar
-    net = data.build_vae(weights("vae") | {"quant_conv.bias": bias}, 8)
-    mean, logvar = net.encode(in_range("vae_image_rect", F32))
-    assert mean[:, 0].min() > 20 and mean[:, 1].max() < -30 and (logvar[:, 2:].abs() < 20).all()
-    assert (logvar[:, 0] == 20).all() and (logvar[:, 1] == -30).all()
-
-
 def test_older_names_are_the_same_vae():
     theirs = dict(zip(SHAPES["vae full"], json.loads(str(VAE["names_old_json"]))))
     old, x = {theirs[k]: v for k, v in weights("vae").items()}, in_range("vae_image_rect", F32)
     assert "encoder.mid_block.attentions.0.proj_attn.weight" in old
     assert all(map(torch.equal, data.build_vae(old, 8).encode(x), vae("small8", F32).encode(x)))
-
-
-def test_moments_are_made_of_uint8_pictures_and_never_infinite():
-    u = pictures("vae_image").numpy()
-    moments = data.encode(vae("small8", F32), u, torch.device("cpu"))
-    assert moments.dtype == np.float16
-    close(moments, np.concatenate([VAE["small8_mean"], VAE["small8_logvar"]], axis=1), 1e-3)
-    broken = data.build_vae(weights("vae") | {"quant_conv.bias": torch.full((8,), 1e5)}, 8)
-    with pytest.raises(ValueError, match="damaged"):
-        data.encode(broken, u, torch.device("cpu"))
