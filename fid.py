@@ -663,7 +663,9 @@ def measure(pictures, extractors, batch=64, keep=False):
         for rows, u in zip(batches, data.prefetch(map(pictures.read, batches), 2)):     # (b, C, H, W)
             for e in extractors:
                 features, logits = e(u)                                                 # (b, dim)
-                stats.setdefault(e, RunningStats(features.shape[1], features.device)).update(features)
+                if e not in stats:
+                    stats[e] = RunningStats(features.shape[1], features.device)
+                stats[e].update(features)
                 if logits is not None:
                     score.update(logits, split[list(rows)])
                 if keep:

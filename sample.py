@@ -204,6 +204,8 @@ def draw(net, labels, rows, grid, sampler="ode", seed=0, callback=None):
     z, y = noise_for(rows, shape, seed).to(device), labels[rows].to(device)             # (b, C, H, W), (b,)
     if sampler == "ode":
         return ode(net, z, y, grid, callback)
+    if sampler != "consistency":
+        raise ValueError(f"unknown sampler {sampler!r}: give ode or consistency")
     noise = [noise_for(rows, shape, seed, i).to(device) for i in range(1, len(grid)) if grid[i] > 0]
     return consistency(net, z, y, grid, noise, callback=callback)
 
