@@ -30,7 +30,7 @@ SCHEDULES = ("constant", "step", "linear", "log", "exponential", "sigmoid", "cos
 def alpha_at(step, steps, schedule, window=(0.0, 1.0), start=1.0, end=0.0, gamma=25.0, clamp=0.005):
     """α for step `step` = 0, 1, ... of `steps` (α-Flow §4 and appendix; `cosine` is ours).
 
-    window: where α moves, as fractions of the run (0, 1), so that a shorter run still goes through it.
+    window: α moves between these two fractions of the run, so that a shorter run still goes through it.
     Before it α = start, after it α = end; `constant` stays at start, `step` jumps from start to end
     where the window begins. gamma: the steepness of sigmoid and exponential. clamp: η; an α that moves
     snaps to 0 below η and to 1 above 1-η. Returns a float in [0, 1]. ValueError for no such schedule.

@@ -87,7 +87,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, x_tangent, weight_tangent, bias_tangent):
-        assert weight_tangent is None and bias_tangent is None, "to move weights, enable gradients"
+        assert weight_tangent is None and bias_tangent is None, "weights are constants: enable gradients"
         return F.linear(x_tangent, *ctx.saved_tensors)
 
 

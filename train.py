@@ -235,7 +235,7 @@ def random_numbers(recipe, step, dataset, device):
 
     Each process draws it all and keeps its own rows, so the numbers do not depend on how many there are.
     """
-    B, key = recipe["batch"], (0, recipe["seed"], step)             # four integers: unlike sample.py's keys
+    B, key = recipe["batch"], (0, recipe["seed"], step)             # sample.py has shorter keys
     host, noise = data.generator(*key, 0), data.generator(*key, 1, device=device)
     t, r = sample_times(B, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"], host)
     numbers = {"t": t, "r": r, "drop": torch.rand(B, generator=host),               # (B,), on the CPU
@@ -452,7 +452,7 @@ def conflict(run, alpha):
 # ---- training --------------------------------------------------------------------------------------
 
 def eager_du_dt(net, z, t, r, v, y):
-    """du/dt goes around the compiled blocks: forward mode through them compiles a program for each."""
+    """du/dt goes around the compiled blocks: in forward mode each would be compiled once more."""
     with torch.compiler.set_stance("force_eager"):
         return du_dt(net, z, t, r, v, y)
 

@@ -39,7 +39,8 @@ def features(folder, count, device):
     extractor = fid.Extractor("inception", device, folder / "random.pth")
     (folder / "pictures").mkdir()
     for k in range(count):
-        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"pictures/{k:06d}.png")
+        picture = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        picture.save(folder / f"pictures/{k:06d}.png")
     pictures = fid.from_folder(folder / "pictures")
     batch = 16 if device == "cpu" else 64
     x = fid.prepare_inception(pictures.read(range(batch)).to(device))
