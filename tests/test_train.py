@@ -253,6 +253,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(tmp_path)
     assert ckpt["step"] == 1 and all(w.isfinite().all() for k in ("net", "ema") for w in ckpt[k].values())
 
 
+def test_a_gradient_longer_than_its_bound_is_shortened(tmp_path):
+    call(tmp_path, "train.py", *SHORT, "--grad-clip", 1e-12, "--out", "run").ok()       # far below Adam's eps
+    assert read_checkpoint(tmp_path / "run/ckpt.pt")["net"]["final_layer.linear.weight"].abs().max() < 1e-5
+
+
 # ---- divided -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("other", ["two", "micro"])
