@@ -85,6 +85,7 @@ def place(device=None):
         raise ValueError(f"device {name!r} is not to be had here: give cuda, cuda:1 or cpu") from None
     if name.startswith("cuda"):
         torch.cuda.set_device(name)
+        torch.backends.cudnn.allow_tf32 = False         # on by default; 10 bits would show in features, too
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device(name)
 
 
@@ -183,8 +184,6 @@ class Filling:
             path = self.folder / f"{name}.npy"
             whole = np.load(path, mmap_mode="r")        # not to write: a full disk would kill the process
             numbers = np.ascontiguousarray(array, whole.dtype)
-            if numbers.shape != whole[rows.start:rows.stop].shape:
-                raise ValueError(f"{numbers.shape} does not fit the rows {rows} of {path}")
             write_at(path, whole.offset + rows.start * whole.strides[0], numbers)
         write_at(self.done, rows.start // self.chunk, b"\1")
 
@@ -470,7 +469,7 @@ def attempt(path, size):
 def prepare(src, out, size, vae=None, device=None):
     """Prepare in `out` the tree of pictures `src` (see listing), on any number of processes.
 
-    size: pixels a side. vae: None, or "ema", "mse" or a file (see find_vae): then latents are stored.
+    size: pixels a side. vae: None, or "ema" or a file (see find_vae): then latents are stored.
     A chunk is always read and encoded as a whole, so that neither kills nor the number of processes show
     in the result. Damaged files are reported and left out. ValueError for what does not fit.
     """
@@ -478,13 +477,11 @@ def prepare(src, out, size, vae=None, device=None):
     if not 4 <= size <= 2048 or vae and size % 8:
         raise ValueError(f"--size {size}: give 4 to 2048, for latents a multiple of 8")
     files, labels, names = listing(src)
-    if src.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"--out {out} lies in --src {src}, among the pictures: try data/{src.name}")
     work = json.dumps([size, vae, [str(path.relative_to(src)) for path in files]])
     key = hashlib.sha256(work.encode()).hexdigest()[:16]
     if finished(out, key):
         return
-    vae = str(Path(vae).resolve()) if vae and vae not in VAE_WEIGHTS else vae
+    vae = str(Path(vae).resolve()) if vae and vae != "ema" else vae
     net = find_vae(vae, device) if vae else None
     meet()
     rows = ((8, size // 8, size // 8), np.float16) if vae else ((3, size, size), np.uint8)
@@ -567,13 +564,11 @@ def publish(out, labels, names, images=None, **about):
 
 # ---- the autoencoder of Stable Diffusion -----------------------------------------------------------
 
-HUB = "https://huggingface.co/stabilityai/sd-vae-ft-{}/resolve/{}/diffusion_pytorch_model.safetensors"
-VAE_WEIGHTS = {                                         # name: file, its sha256, where it is published
-    "ema": ("sd-vae-ft-ema.safetensors", "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
-            [HUB.format("ema", "f04b2c4b98319346dad8c65879f680b1997b204a"), HUB.format("ema", "main")]),
-    "mse": ("sd-vae-ft-mse.safetensors", "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
-            [HUB.format("mse", "31f26fdeee1355a5c34592e401dd41e45d25a493"), HUB.format("mse", "main")]),
-}
+VAE_WEIGHTS = (         # file, its sha256, where it is published
+    "sd-vae-ft-ema.safetensors", "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
+    ["https://huggingface.co/stabilityai/sd-vae-ft-ema/resolve/"
+     f"{revision}/diffusion_pytorch_model.safetensors"
+     for revision in ("f04b2c4b98319346dad8c65879f680b1997b204a", "main")])
 EPS = 1e-6                                              # of its norms, not PyTorch's 1e-5
 
 
@@ -694,8 +689,8 @@ def build_vae(state, groups=32, dtype=torch.float32):
 
 
 def find_vae(name="ema", device="cpu"):
-    """The VAE on `device`, frozen: "ema" or "mse", the published ones (cache, else download), or a file."""
-    path = fetch(*VAE_WEIGHTS[name], cache_folder()) if name in VAE_WEIGHTS else name
+    """The VAE on `device`, frozen: "ema", the published one (cache, else download), or a file."""
+    path = fetch(*VAE_WEIGHTS, cache_folder()) if name == "ema" else name
     try:
         return build_vae(read_tensors(path)).to(device)
     except (ValueError, AttributeError) as error:
@@ -705,8 +700,7 @@ def find_vae(name="ema", device="cpu"):
 @torch.no_grad()
 def encode(vae, u, device):
     """Pictures uint8 (n, 3, H, W), numpy -> moments float16 (n, 8, H/8, W/8), numpy: mean and logvar."""
-    # TF32 and the choice among convolutions would make the numbers depend on more than the picture.
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    torch.backends.cudnn.deterministic = True           # else the numbers depend on more than the picture
     pieces = torch.from_numpy(u).split(8 if device.type == "cpu" else len(u))     # a laptop's memory
     moments = [torch.cat(vae.encode(piece.to(device).float() / 127.5 - 1), dim=1).half() for piece in pieces]
     moments = torch.cat(moments).cpu().numpy()
@@ -732,7 +726,7 @@ def main():
         p.add_argument("--out", type=Path, required=name == "folder", help="folder to write, like data/NAME")
         p.add_argument("--size", type=int, default=size, help=f"pixels a side [{size}]")
         p.add_argument("--latents", action="store_true", default=size == 256, help="as a VAE sees them")
-        p.add_argument("--vae", default="ema", help="for latents: ema, mse or a file of weights [ema]")
+        p.add_argument("--vae", default="ema", help="for latents: ema or a file of weights [ema]")
         p.add_argument("--device", help="for latents: cuda or cpu [cuda if there]")
     args = parser.parse_args()
     if "src" in args:

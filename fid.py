@@ -14,7 +14,6 @@ The features decide what it means: Inception-v3 gives the FID of the papers, DIN
 bare pixels a thermometer for tiny pictures, which is never an FID. In order: distances, statistics batch
 by batch, the three networks, pictures from anywhere, the command line.
 """
-import contextlib
 import dataclasses
 import json
 import math
@@ -305,26 +304,8 @@ class Inception(nn.Module):
 # ---- DINOv2 and CLIP -------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    """Attention and MLP, each on what the norm makes of x and added to x, (n, T, dim) -> (n, T, dim)."""
-
-    def __init__(self, dim, heads, clip):
-        super().__init__()
-        self.heads, self.clip = heads, clip
-        self.norm1, self.norm2 = (nn.LayerNorm(dim, 1e-5 if clip else 1e-6) for _ in range(2))
-        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
-        if not clip:                                    # DINOv2 scales each channel of what is added
-            self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(dim)}) for _ in range(2))
-
-    def forward(self, x):
-        qkv = self.attn.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))            # (n, T, 3, h, d)
-        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))                 # (n, h, T, d)
-        y = self.attn.proj(y.transpose(1, 2).flatten(2))
-        x = x + (y if self.clip else self.ls1["gamma"] * y)
-        y = self.mlp.fc1(self.norm2(x))                                                 # (n, T, 4·dim)
-        y = self.mlp.fc2(y * torch.sigmoid(1.702 * y) if self.clip else F.gelu(y))      # exact, not tanh
-        return x + (y if self.clip else self.ls2["gamma"] * y)
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
 
 
 class ViT(nn.Module):
@@ -332,19 +313,21 @@ class ViT(nn.Module):
 
     x (n, 3, H, W) -> (n, dim), DINOv2's class token after the last norm, or (n, out), CLIP's feature.
     grid: patches a side of the position table; `patch` divides H and W; CLIP takes grid·patch alone.
-    Names as in DINOv2's weights.
     """
 
     def __init__(self, dim, depth, heads, patch, grid, out=None):
         super().__init__()
         clip = out is not None
-        self.patch, self.grid, self.clip, self.dim = patch, grid, clip, out or dim
+        self.grid, self.clip = grid, clip
+        eps, activation = (1e-5, quick_gelu) if clip else (1e-6, F.gelu)            # F.gelu: exact, not tanh
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid ** 2, dim))
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch, patch, bias=not clip)))
         self.norm_pre = nn.LayerNorm(dim) if clip else nn.Identity()
-        self.blocks = nn.ModuleList(Block(dim, heads, clip) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-5 if clip else 1e-6)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, activation, eps, batch_first=True,
+                                       norm_first=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps)
         self.proj = nn.Parameter(torch.zeros(dim, out)) if clip else None
 
     def positions(self, h, w):
@@ -370,33 +353,37 @@ class ViT(nn.Module):
 
 # ---- a network from published weights --------------------------------------------------------------
 
-CLIP_NAMES = {      # transformers' names, then OpenAI's: ours
+VIT_NAMES = {       # of DINOv2, of CLIP in transformers, of CLIP by OpenAI: ours, which are PyTorch's
     "embeddings.class_embedding": "cls_token", "class_embedding": "cls_token",
     "embeddings.position_embedding.weight": "pos_embed", "positional_embedding": "pos_embed",
     "embeddings.patch_embedding.": "patch_embed.proj.", "conv1.": "patch_embed.proj.",
     "pre_layrnorm.": "norm_pre.", "ln_pre.": "norm_pre.", "post_layernorm.": "norm.", "ln_post.": "norm.",
     "encoder.layers.": "blocks.", "transformer.resblocks.": "blocks.",
     "layer_norm1.": "norm1.", "ln_1.": "norm1.", "layer_norm2.": "norm2.", "ln_2.": "norm2.",
-    "self_attn.out_proj.": "attn.proj.", "attn.out_proj.": "attn.proj.",
-    "self_attn.q_proj.": "attn.qkv.", "attn.in_proj_": "attn.qkv.",
-    "mlp.c_fc.": "mlp.fc1.", "mlp.c_proj.": "mlp.fc2.",
+    "self_attn.q_proj.": "attn.in_proj_", "attn.qkv.": "attn.in_proj_", "attn.proj.": "attn.out_proj.",
+    "mlp.c_fc.": "linear1.", "mlp.fc1.": "linear1.", "mlp.c_proj.": "linear2.", "mlp.fc2.": "linear2.",
+    ".attn.": ".self_attn.",
 }
 
 
-def clip_state(state):
-    """The image half of CLIP in our names, from a state dict in transformers' names or in OpenAI's."""
-    have = {}
+def vit_state(state):
+    """A ViT's published weights in our names; of CLIP the image half alone."""
+    clip, have = any(name.startswith(("vision_model.", "visual.")) for name in state), {}
     for name, w in state.items():
         if name == "visual_projection.weight":
             have["proj"] = w.T
-        if not name.startswith(("vision_model.", "visual.")) or name.endswith("position_ids"):
-            continue                                    # the text half, and what is no weight
-        if ".k_proj." in name or ".v_proj." in name:
-            continue                                    # joined with q
+        text = clip and not name.startswith(("vision_model.", "visual."))
+        if text or name.endswith(("position_ids", "mask_token", ".gamma")) or ".k_proj." in name \
+                or ".v_proj." in name:
+            continue                                    # no part of it, or joined with another below
         if ".q_proj." in name:
             w = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+        # DINOv2 scales each channel of what a block adds. A linear map stands before it, which can do that.
+        for layer, scale in ((".attn.proj.", ".ls1.gamma"), (".mlp.fc2.", ".ls2.gamma")):
+            if layer in name and (gamma := state.get(name.split(layer)[0] + scale)) is not None:
+                w = w * gamma.view(-1, *[1] * (w.dim() - 1))
         ours = name.removeprefix("vision_model.").removeprefix("visual.")
-        for theirs, new in CLIP_NAMES.items():
+        for theirs, new in VIT_NAMES.items():
             ours = ours.replace(theirs, new)
         have[ours] = w.reshape(1, -1, w.shape[-1]) if ours in ("cls_token", "pos_embed") else w
     return have
@@ -409,8 +396,8 @@ def build_network(kind, state, heads=None, dtype=torch.float32):
     tells; by default dim // 64, which all published ones have. ValueError if they are of another network.
     """
     try:
-        state = clip_state(state) if kind == "clip" else dict(state)
-        state.pop("mask_token", None)                   # DINOv2's, for training
+        state = {name: w.detach().to(dtype) for name, w in state.items()}
+        state = state if kind == "inception" else vit_state(state)
         with torch.device("meta"):                      # no memory, no initial values
             if kind == "inception":
                 net = Inception()
@@ -423,7 +410,6 @@ def build_network(kind, state, heads=None, dtype=torch.float32):
                 depth = sum(name.endswith(".norm1.weight") for name in state)
                 out = state["proj"].shape[1] if kind == "clip" else None
                 net = ViT(dim, depth, heads or dim // 64, patch, grid, out)
-        state = {name: w.detach().to(dtype) for name, w in state.items()}
     except (LookupError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"not the weights of {kind}: {error!r}") from None
     return fill(net, state, kind)
@@ -633,19 +619,6 @@ class Measured:
     rows: torch.Tensor = None                           # features (N, dim), if they were kept
 
 
-@contextlib.contextmanager
-def exact_float32():
-    """No TF32 inside: its 10 bits would move pictures and features by more than some methods differ."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-
-
 def measure(pictures, extractors, batch=64, keep=False):
     """[Measured, one for each extractor]; each picture is looked at once and let go.
 
@@ -659,7 +632,7 @@ def measure(pictures, extractors, batch=64, keep=False):
     batches, stats, kept = [mine[i:i + batch] for i in range(0, len(mine), batch)], {}, {}
     score = RunningScore(min(10, N))
     bar = tqdm(total=len(mine), unit="img", disable=True if rank else None, leave=False)
-    with exact_float32(), bar:
+    with bar:
         for rows, u in zip(batches, data.prefetch(map(pictures.read, batches), 2)):     # (b, C, H, W)
             for e in extractors:
                 features, logits = e(u)                                                 # (b, dim)
@@ -738,7 +711,6 @@ def parse_flags():
     p.add_argument("--labels", choices=["data", "balanced", "random"],
                    help="classes as in the data, equally often, or by chance [data if known, else random]")
     p.add_argument("--raw", action="store_true", help="the weights as trained, not their running average")
-    p.add_argument("--vae", help="ema, mse or a file, for latents [the one they were made with]")
     p.add_argument("--seed", type=int, default=0, help="picture k depends on the seed and k alone [0]")
     p.add_argument("--batch", type=int, default=64, help="pictures at a time [64]")
     p.add_argument("--device", help="cuda or cpu [cuda if there]")
@@ -756,7 +728,7 @@ def open_ref(ref, size=None):
 def drawn(args, ckpt, device, real):
     """The Pictures that --ckpt draws as the flags say."""
     weights = "raw" if args.raw else "ema"
-    net, decode = sample.load(args.ckpt, weights, device, args.vae)
+    net, decode = sample.load(args.ckpt, weights, device)
     counts = real and real.label_counts or (ckpt.get("data") or {}).get("label_counts")
     labels = args.labels or ("data" if counts and len(counts) == net.config.classes else "random")
     grid, sampler = sample.sampling_plan(args.ckpt, args.nfe, args.grid, args.sampler)

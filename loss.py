@@ -195,16 +195,12 @@ def alpha_flow_loss(net, x, y, alpha, *, e=None, t=None, r=None, drop=None, gene
     if label_drop > 0 and null is None or (t is None) != (r is None):
         raise ValueError("label_drop needs null, the index of the null label; t and r go together")
     target_net = net if target_net is None else target_net
-    if e is None:
-        e = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    if t is None:
-        t, r = sample_times(len(x), fm_ratio, mean, std, generator)
+    z, e, t, r = noised(x, e, t, r, fm_ratio, mean, std, generator)
     if label_drop > 0:                                  # α-Flow drops labels only inside the interval
         drop = torch.rand(len(x), generator=generator) if drop is None else drop
         y = torch.where(((drop < label_drop) & (t_min < t) & (t < t_max)).to(y.device), null, y)
 
     t_x, r_x, y_x = on(x, t, r, y)
-    z = rowwise(1 - t_x, x) * x + rowwise(t_x, x) * e                               # (B, C, H, W)
     u = net(z, t_x, r_x, y_x)                                                       # (B, C, H, W)
     v = guided_velocity(target_net, z, t, e - x, y, omega, kappa, t_min, t_max, null, r, u)
     target = u_target(target_net, z, t, r, v, y, alpha, clip, derivative)
@@ -215,12 +211,23 @@ def alpha_flow_loss(net, x, y, alpha, *, e=None, t=None, r=None, drop=None, gene
     return parts.mean(), statistics(u.detach(), v, target, err.detach(), parts.detach(), alpha, jump, clip)
 
 
+def noised(x, e, t, r, fm_ratio, mean, std, generator):
+    """z at the times t, and e, t, r, drawn where they are None."""
+    if e is None:
+        e = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    if t is None:
+        t, r = sample_times(len(x), fm_ratio, mean, std, generator)
+    t_x = rowwise(*on(x, t), x)
+    return (1 - t_x) * x + t_x * e, e, t, r                                         # (B, C, H, W), ..., (B,)
+
+
 def statistics(u, v, target, err, parts, alpha, jump, clip):
     """Numbers for the log, from what the loss has at hand: no further pass through the network.
 
     Means over the batch, so that they average over micro-batches and processes:
       err                  mean squared error, = L_TFM + L_TC + a constant
-      loss_fm, loss_jump   the parts of the loss from rows with r = t and r < t; they add up to it
+      err_fm, err_jump     the parts of it from rows with r = t and r < t; they add up to it
+      loss_fm, loss_jump   the same of the loss
       L_TFM, L_TC          trajectory flow matching |u - v|², consistency 2·(v - u_target)·u (α-Flow eq. 7)
       clipped              share of the target's entries at the clip
       tangent              mean |Δ·du/dt|: exact at α = 0, a finite difference along αΔ above, 0 at α = 1
@@ -232,7 +239,8 @@ def statistics(u, v, target, err, parts, alpha, jump, clip):
         rate = v - target
     else:                                               # u_target solved for (u - u_next)/α
         rate = ((1 - alpha) * u + alpha * v - target) / (alpha * (1 - alpha))
-    return {"err": err.mean(), "loss_fm": (parts * ~jump).mean(), "loss_jump": (parts * jump).mean(),
+    return {"err": err.mean(), "err_fm": (err * ~jump).mean(), "err_jump": (err * jump).mean(),
+            "loss_fm": (parts * ~jump).mean(), "loss_jump": (parts * jump).mean(),
             "L_TFM": (u - v).square().mean(), "L_TC": (2 * (v - target) * u).mean(),
             "clipped": at_clip.to(u.dtype).mean(), "tangent": (rate.abs() * rowwise(jump, u)).mean()}
 
@@ -241,22 +249,19 @@ def statistics(u, v, target, err, parts, alpha, jump, clip):
 
 def gradient_conflict(net, x, y, alpha=0.0, *, e=None, t=None, r=None, generator=None, mean=-0.4,
                       std=1.0, omega=1.0, kappa=0.0, t_min=0.0, t_max=1.0, null=None):
-    """Cosines between the gradients of the objective's parts on one batch: a dict of floats (α-Flow §3).
+    """How the gradients of the objective's parts agree on one batch: a dict of floats (α-Flow §3).
 
     The squared error is L_TFM + L_TC + a constant, L_TFM = |u - v|² and L_TC = 2·(v - u_target)·u with an
     unclipped target. L_FM is flow matching at the same z and t with r = t.
         cos_tfm_tc                 the conflict: strongly negative in MeanFlow training
         cos_fm_tc, cos_tfm_fm      much weaker, which is why rows with r = t help
+        cancelled                  1 - |∇L_TFM + ∇L_TC| / (|∇L_TFM| + |∇L_TC|), the share that is lost
     Read with care: where the sum is stationary its two gradients cancel, so cos_tfm_tc = -1 there,
     whatever the method. At α = 1 the target is v, so L_TC and its cosines are 0.
     net: a torch.nn.Module. By default all rows have r < t. The rest is as in alpha_flow_loss.
     """
-    if e is None:
-        e = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    if t is None:
-        t, r = sample_times(len(x), 0.0, mean, std, generator)
+    z, e, t, r = noised(x, e, t, r, 0.0, mean, std, generator)
     t_x, r_x, y_x = on(x, t, r, y)
-    z = rowwise(1 - t_x, x) * x + rowwise(t_x, x) * e                               # (B, C, H, W)
     u, u_fm = net(z, t_x, r_x, y_x), net(z, t_x, t_x, y_x)
     v = guided_velocity(net, z, t, e - x, y, omega, kappa, t_min, t_max, null)
     target = u_target(net, z, t, r, v, y, alpha, clip=math.inf)
@@ -266,8 +271,10 @@ def gradient_conflict(net, x, y, alpha=0.0, *, e=None, t=None, r=None, generator
     for name, loss in losses.items():
         parts = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
         gradient[name] = torch.cat([g.flatten().double() for g in parts])
+    tfm, tc = gradient["tfm"], gradient["tc"]
     return {f"cos_{a}_{b}": torch.cosine_similarity(gradient[a], gradient[b], dim=0).item()
-            for a, b in (("tfm", "tc"), ("fm", "tc"), ("tfm", "fm"))}
+            for a, b in (("tfm", "tc"), ("fm", "tc"), ("tfm", "fm"))} | {
+                "cancelled": 1 - ((tfm + tc).norm() / (tfm.norm() + tc.norm())).item()}
 
 
 def rowwise(a, like):

@@ -2,7 +2,7 @@
 
     python sample.py --ckpt out/digits/ckpt.pt --nfe 1                  # a grid, one row a class
     python sample.py --ckpt out/digits/ckpt.pt --grid 1,0.55,0 --sampler consistency --classes 3,1,4
-    python sample.py --ckpt out/digits/ckpt.pt --samples 1000 --out many.npz       # or many/ for PNGs
+    python sample.py --ckpt out/digits/ckpt.pt --samples 1000 --out many.npz
     torchrun --nproc_per_node=8 sample.py --ckpt CKPT --nfe 2 --samples 50000 --out samples.npz
     python sample.py --ckpt alphaflow-XL-2-plus-cfg.pt --nfe 2          # released weights
 
@@ -114,12 +114,11 @@ def consistency(net, z, y, grid, noise=None, generator=None, callback=None):
 # ---- a network and what makes pictures of its samples ----------------------------------------------
 
 
-def load(path, weights="ema", device="cpu", vae=None):
+def load(path, weights="ema", device="cpu"):
     """(net, decode) from a checkpoint of train.py or a released file: a frozen DiT on `device`, and
     decode(x): its samples (B, C, H, W) -> uint8 pictures.
 
-    weights: "ema", what one samples from, or "raw". vae: another than the checkpoint's, as data.find_vae
-    takes it. ValueError, one line, for what is no such file.
+    weights: "ema", what one samples from, or "raw". ValueError, one line, for what is no such file.
     """
     ckpt = read_checkpoint(path)
     try:
@@ -128,16 +127,16 @@ def load(path, weights="ema", device="cpu", vae=None):
                  for name, w in ckpt["ema" if weights == "ema" else "net"].items()}
         with torch.device("meta"):                      # no memory: every tensor comes from the file
             net = DiT(DiTConfig(**ckpt["config"]["model"]))
-        return fill(net, state, f"a {net.config}"), decoder(ckpt.get("latents"), device, vae, ckpt.get("vae"))
+        return fill(net, state, f"a {net.config}"), decoder(ckpt.get("latents"), device, ckpt.get("vae"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: weights and config do not fit together ({error})") from None
 
 
-def decoder(latents, device, vae=None, state=None):
+def decoder(latents, device, state=None):
     """decode(x): samples (B, C, h, w) -> uint8 pictures. latents: None, or a dict: mean, std, vae.
 
-    state: the weights of the VAE; else `vae`, or the one that `latents` names, is found or downloaded,
-    at the first call, for whoever wants the network alone needs none.
+    state: the weights of the VAE; else the one that `latents` names is found or downloaded, at the first
+    call, for whoever wants the network alone needs none.
     """
     if not latents:
         return data.to_uint8
@@ -146,8 +145,8 @@ def decoder(latents, device, vae=None, state=None):
     @torch.no_grad()
     def decode(x):
         if not networks:
-            own = data.build_vae(state).to(device) if state and not vae else None
-            networks.append(own or data.find_vae(vae or latents.get("vae") or "ema", device))
+            networks.append(data.build_vae(state).to(device) if state
+                            else data.find_vae(latents.get("vae") or "ema", device))
         z = x.to(mean) * std + mean                                                     # (B, C, h, w)
         # in small pieces: eight pictures of 256x256 need about 2 GB on their way
         return torch.cat([data.to_uint8(networks[0].decode(piece)) for piece in z.split(8)])
@@ -245,7 +244,7 @@ def labelled_grid(pictures, labels, names):
     return contact_sheet(pictures[order], math.ceil(len(labels) ** 0.5))
 
 
-def trajectory(net, decode, labels, path, sampler="ode", seed=0, steps=16):
+def trajectory(net, decode, labels, path, seed=0, steps=16):
     """Write a GIF of how noise becomes the pictures 0 .. len(labels) - 1, in `steps` steps.
 
     Above: the state z at time t. Below: the picture that the network points at from there.
@@ -258,7 +257,7 @@ def trajectory(net, decode, labels, path, sampler="ode", seed=0, steps=16):
         states.append(z)                                # at s
         pointed_at.append(x_hat)                        # from the state before, at t
 
-    pointed_at.append(draw(net, labels, rows, grid, sampler, seed, callback))
+    pointed_at.append(draw(net, labels, rows, grid, "ode", seed, callback))
     frames = []
     for t, z, x_hat in zip(grid, states, pointed_at):
         both = torch.cat([decode(z.to(x_hat)), decode(x_hat)])                          # (2B, C, H, W)
@@ -298,19 +297,6 @@ def write_npz(path, pictures, labels, shape, batch, about):
         shutil.rmtree(filling.folder)
 
 
-def write_folder(folder, pictures, count, batch, rank, world):
-    """000000.png, 000001.png, ... in a new or empty folder."""
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ValueError(f"--out {folder} is not empty: old pictures would mix with new ones")
-    data.wait_for_all()
-    for k in tqdm(range(0, count, batch)[rank::world], unit="batch", disable=True if rank else None):
-        rows = range(k, min(count, k + batch))
-        for row, picture in zip(rows, pictures(rows)):
-            as_image(picture).save(folder / f"{row:06d}.png")
-
-
 # ---- command line ----------------------------------------------------------------------------------
 
 
@@ -327,31 +313,28 @@ def parse_flags():
     p.add_argument("--sampler", choices=["ode", "consistency"], help="follow the jumps, or jump to the "
                    "picture each time and put noise back [ode; released files: as published]")
     p.add_argument("--batch", type=int, default=256, help="pictures at a time [256]")
-    p.add_argument("--vae", help="ema, mse or a file, for latents [the one they were made with]")
     p.add_argument("--device", help="cuda or cpu [cuda if there]")
-    p.add_argument("--out", help="FILE.png: a grid; FILE.npz: arr_0 as ADM's tools want it, labels arr_1; "
-                   "FOLDER/: a PNG each [a grid beside the checkpoint]")
-    p.add_argument("--trajectory", type=Path, metavar="FILE.gif", help="animate the first ten, in 16 steps")
+    p.add_argument("--out", help="FILE.png: a grid; FILE.npz: arr_0 as ADM's tools want it, labels arr_1 "
+                   "[a grid beside the checkpoint]")
     return p.parse_args()
 
 
 def main():
     args = parse_flags()
     rank, world, device = data.place(args.device)
-    torch.backends.cudnn.allow_tf32 = False             # its 10 bits would show in the pictures
     if args.nfe and args.grid or args.batch < 1:
         raise ValueError("give --nfe or --grid, not both, and a --batch of 1 or more")
     grid, sampler = sampling_plan(args.ckpt, args.nfe, args.grid, args.sampler)
     weights, nfe, batch = "raw" if args.raw else "ema", len(grid) - 1, args.batch
     about, stat = read_checkpoint(args.ckpt).get("data") or {}, args.ckpt.stat()
-    net, decode = load(args.ckpt, weights, device, args.vae)
+    net, decode = load(args.ckpt, weights, device)
     classes = net.config.classes
     listed = args.classes.count(",") + 1 if args.classes[:1].isdigit() else classes
     count = min(100, 10 * listed) if args.samples is None else args.samples
     labels = make_labels(args.classes, count, classes, args.seed, about.get("label_counts"))
     path = Path(args.out or args.ckpt.parent / f"grid_{sampler}_nfe{nfe}_{weights}.png")
-    if path.suffix not in (".png", ".npz", "") or path.suffix == ".png" and world > 1:
-        raise ValueError(f"--out {path}: give FILE.npz, FOLDER/ or, for one process, FILE.png")
+    if path.suffix not in (".png", ".npz") or path.suffix == ".png" and world > 1:
+        raise ValueError(f"--out {path}: give FILE.npz or, for one process, FILE.png")
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def pictures(rows):
@@ -360,17 +343,13 @@ def main():
     data.meet()
     if path.suffix == ".npz":
         depends_on = [stat.st_size, stat.st_mtime_ns, weights, grid, sampler, args.classes, count, args.seed,
-                      batch, args.vae, device.type]
+                      batch, device.type]
         write_npz(path, pictures, labels, pictures(range(1)).shape[1:], batch, depends_on)
-    elif path.suffix == ".png":
+    else:
         parts = [pictures(range(k, min(count, k + batch))) for k in range(0, count, batch)]
         with data.replacing(path) as file:
             sheet = labelled_grid(torch.cat(parts), labels, about.get("names") or range(classes))
             sheet.save(file, format="PNG")
-    else:
-        write_folder(path, pictures, count, batch, rank, world)
-    if args.trajectory and rank == 0:
-        trajectory(net, decode, labels[:10], args.trajectory, sampler, args.seed)
     if rank == 0:
         print(f"wrote {path}: {count} pictures, {weights} weights, {nfe} NFE, {sampler}, times "
               f"{','.join(f'{t:g}' for t in grid)}, labels {args.classes}, seed {args.seed}")

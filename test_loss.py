@@ -207,6 +207,7 @@ def test_decomposition(alpha):
     same(stats["err"], stats["L_TFM"] + stats["L_TC"] + (target**2 - v**2).mean())
     same(stats["L_TFM"], (net(z, t, r, y) - v).square().mean().detach())
     same(stats["loss_fm"] + stats["loss_jump"], loss.detach())
+    same(stats["err_fm"] + stats["err_jump"], stats["err"])
     clipped = (target[jump].abs() >= 4).sum().item() / z.numel() if alpha else 0
     assert stats["clipped"].item() == pytest.approx(clipped)
 
@@ -428,9 +429,11 @@ def test_gradient_conflict(alpha, scale):
     along = lambda factor, time: [(factor * z_).mean().item(), (factor * time).mean().item()]
     tfm, tc, fm = along(u - v_, r_), along(v_ - target, r_), along(u_fm - v_, t_)
 
+    lost = 1 - math.hypot(tfm[0] + tc[0], tfm[1] + tc[1]) / (math.hypot(*tfm) + math.hypot(*tc))
+
     got = gradient_conflict(Plane(a, b), x_, y[jump], alpha, e=e_, t=t[jump], r=r[jump])
-    assert got == pytest.approx(
-        dict(cos_tfm_tc=cosine(tfm, tc), cos_fm_tc=cosine(fm, tc), cos_tfm_fm=cosine(tfm, fm)))
+    assert got == pytest.approx(dict(cos_tfm_tc=cosine(tfm, tc), cos_fm_tc=cosine(fm, tc),
+                                     cos_tfm_fm=cosine(tfm, fm), cancelled=lost))
     assert all(-1 <= value <= 1 for value in got.values()) and (alpha < 1 or got["cos_tfm_tc"] == 0)
 
 

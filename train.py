@@ -27,8 +27,10 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -142,8 +144,7 @@ def parse_flags():
             group.add_argument(flag(name), default=None, help=f"{text} [{default}]", **kind)
     g = p.add_argument_group("run")
     g.add_argument("--out", help="folder of the run [out/DATA]")
-    g.add_argument("--resume", nargs="?", const="yes", metavar="auto|CKPT",
-                   help="continue the run in --out, or that file; auto: start anew if there is none")
+    g.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
     g.add_argument("--init-from", metavar="CKPT", help="start from another checkpoint's EMA weights")
     g.add_argument("--overwrite", action="store_true", help="replace the run that is already in --out")
     g = p.add_argument_group("machine")
@@ -154,11 +155,10 @@ def parse_flags():
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the blocks [on CUDA]")
     g = p.add_argument_group("reports")
     g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl [10]")
-    g.add_argument("--preview-every", type=int, help="steps between previews [a tenth of the run]")
+    g.add_argument("--preview-every", type=int, help="steps between pictures [a tenth of the run]")
     g.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints [10]")
     g.add_argument("--conflict-every", type=int, help="steps between measurements of the gradients' cosines")
     g.add_argument("--eval-every", type=int, help="steps between measurements by fid.py [never]")
-    g.add_argument("--eval-features", help="see fid.py --features")
     g.add_argument("--eval-samples", type=int, help="pictures drawn for that [as many as real ones]")
     g.add_argument("--eval-ref", help="real pictures or statistics, see fid.py --ref [the training data]")
     return p.parse_args()
@@ -196,16 +196,14 @@ def resolve(args, saved=None):
 
 
 def check(recipe):
-    positive = "steps batch lr lr_tail grad_clip ema_half_life clip c"
-    wrong = [k for k in positive.split() if not recipe[k] > 0]
-    wrong += [k for k in ("label_drop", "beta1", "beta2", "lr_tail") if not 0 <= recipe[k] <= 1]
-    wrong += [] if recipe["t_min"] < recipe["t_max"] else ["t_min"]
-    moves = recipe["alpha_schedule"] != "constant"
-    wrong += ["alpha_start"] if moves and recipe["alpha_start"] == recipe["alpha_end"] else []
-    wrong += [] if recipe["lr_decay"] in ("constant", "linear", "cosine") else ["lr_decay"]
+    """ValueError for what makes no sense; the schedule and the times check what they are given."""
+    positive = ("steps", "batch", "lr", "lr_tail", "grad_clip", "ema_half_life", "clip", "c")
+    wrong = [name for name in positive if not recipe[name] > 0]
+    if recipe["lr_decay"] not in ("constant", "linear", "cosine"):
+        wrong.append("lr_decay")
     if wrong:
         raise ValueError(f"{flag(wrong[0])} cannot be {recipe[wrong[0]]}: see --help")
-    alpha_of(recipe, 0)                                 # these two check what they are given
+    alpha_of(recipe, 0)
     sample_times(1, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"])
 
 
@@ -251,22 +249,19 @@ def random_numbers(recipe, step, dataset, device):
 def open_run(args):
     """(folder, checkpoint or None): where the run lives, and what it continues from."""
     name = args.data or RECIPES.get(args.model or "Ti/2", PAPER).get("data", PAPER["data"])
-    path = Path(args.out or f"out/{Path(name).name}") / "ckpt.pt"
-    if args.resume not in (None, "yes", "auto"):
-        path = Path(args.resume)
-    out = Path(args.out or path.parent)
-    ckpt = read_checkpoint(path) if args.resume and (args.resume != "auto" or path.exists()) else None
-    if args.init_from and args.resume not in (None, "auto"):
-        raise ValueError("--resume goes on with its own weights: --init-from would do nothing")
+    out = Path(args.out or f"out/{Path(name).name}")
+    path = out / "ckpt.pt"
+    if path.exists() and not (args.resume or args.overwrite):
+        raise ValueError(f"{out} already holds a run: give --resume, --overwrite or another --out")
+    ckpt = read_checkpoint(path) if args.resume and path.exists() else None
     if ckpt and "optimizer" not in ckpt:
         raise ValueError(f"{path} holds no training state to resume; see --init-from")
-    if (out / "ckpt.pt").exists() and not args.overwrite and not (ckpt and path.samefile(out / "ckpt.pt")):
-        raise ValueError(f"{out} already holds a run: give --resume, --overwrite or another --out")
     return out, ckpt
 
 
-def assemble(args, rank, world, device, say):
+def assemble(args, rank, world, device):
     """All that the loop works on. ValueError, in one line, for what does not fit together."""
+    say = print if rank == 0 else lambda *_: None
     out, ckpt = open_run(args)
     recipe, dataset = resolve(args, ckpt and ckpt["config"]["recipe"])
     C, size, _ = dataset.shape
@@ -294,8 +289,14 @@ def assemble(args, rank, world, device, say):
     start = ckpt["step"] if ckpt else 0
     if start > recipe["steps"]:
         raise ValueError(f"that run has done {start} steps: give more --steps")
-    return SimpleNamespace(args=args, recipe=recipe, dataset=dataset, out=out, start=start, rank=rank,
-                           world=world, device=device, model=model, ema=ema, optimizer=optimizer, say=say)
+    cuda, latents = device.type == "cuda", latents_of(dataset)
+    # Only matrix products are rounded: weights, targets, residual stream, norms, times, loss are float32.
+    precision = args.precision or ("bf16" if cuda else "fp32")
+    return SimpleNamespace(
+        args=args, recipe=recipe, dataset=dataset, out=out, start=start, rank=rank, world=world, say=say,
+        device=device, model=model, ema=ema, optimizer=optimizer, precision=precision,
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        decode=sample.decoder(latents, device) if cuda or not latents else None)    # a CPU takes seconds
 
 
 def init_from(model, path, say):
@@ -333,14 +334,13 @@ def save(run, finished):
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}    # bf16
 
 
-def flops_of_forward(config):
-    """FLOPs of one forward for one picture; multiply-add is two, where DiT's tables count one."""
-    D, C, p = config.dim, config.channels, config.patch
-    T = (config.size // p) ** 2                         # tokens
-    block = 12 * T * D * D + 2 * T * T * D + 6 * D * D  # linear maps, attention, modulation
-    ends = 2 * T * p * p * C * D + 2 * D * D            # into patches and back, last modulation
-    times = 2 * (256 * D + D * D)                       # of t and of t - r
-    return 2 * (config.depth * block + ends + times)
+def flops_of_forward(model):
+    """FLOPs of one forward for one picture, as PyTorch counts them; a multiply-add is two."""
+    shape, device = (1, model.config.channels, *[model.config.size] * 2), next(model.parameters()).device
+    z, t = torch.zeros(shape, device=device), torch.zeros(1, device=device)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(z, t, t, t.long())                        # attention as plain products: others it cannot count
+    return counter.get_total_flops()
 
 
 def forwards_of_step(recipe, alpha):
@@ -360,7 +360,7 @@ def utilisation(run, alpha, images_per_s):
     """Share of the GPUs' bf16 peak that the counted FLOPs are; None where the peak is not known."""
     name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
     peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
-    flops = images_per_s * forwards_of_step(run.recipe, alpha) * flops_of_forward(run.model.config)
+    flops = images_per_s * forwards_of_step(run.recipe, alpha) * run.flops
     return peak and flops / (peak * 1e12 * run.world)
 
 
@@ -391,46 +391,66 @@ def preview(run, done, columns=20):
     sample.contact_sheet(torch.cat(pictures), columns, names).save(run.out / f"samples_{done:07d}.png")
 
 
-def curve(run, width=900, height=110, left=70):
-    """A picture of log.jsonl, one panel a quantity, the steps from left to right."""
+def curve(run, width=1600, height=300):
+    """A picture of log.jsonl, one panel a message, the steps from left to right."""
     rows = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
-    names = ["alpha", "loss_fm", "loss_jump", "err", "tangent", "grad_norm", "cos_tfm_tc", "cos_tfm_tc_now"]
-    panels = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}
-    panels = {name: points for name, points in panels.items() if points}
+    fm = run.recipe["fm_ratio"]
+
+    def line(key, share=1):
+        return [(row["step"], row[key] / share) for row in rows if key in row] if share else []
+
+    panels = [
+        ("alpha: the share of a jump that is walked along v; 0 is MeanFlow", {"": line("alpha")}),
+        ("err: mean squared error, by kind of row",
+         {"r = t": line("err_fm", fm), "r < t": line("err_jump", 1 - fm)}),
+        ("tangent: mean |delta du/dt|, the part of a target that can run away", {"": line("tangent")}),
+        ("conflict: cosine of the gradients of L_TFM and L_TC; -1 if they cancel",
+         {"at alpha = 0": line("cos_tfm_tc"), "at alpha now": line("cos_tfm_tc_now")}),
+    ]
+    panels = [(title, lines) for title, lines in panels if any(lines.values())]
     image = Image.new("RGB", (width, height * len(panels)), "white")
-    pen, last = ImageDraw.Draw(image), max(1, run.recipe["steps"])
-    for i, (name, points) in enumerate(panels.items()):
-        values = sorted(value for _, value in points)
-        top = values[int(0.99 * (len(values) - 1))] or 1.0          # a rare spike may not flatten the rest
-        low, top = (-1, 1) if name.startswith("cos") else (0, top)
-        floor, full = (i + 1) * height - 8, height - 30
-        pen.line([(left, floor), (width - 10, floor)], fill="#cccccc")
-        pen.line([(left + (width - 10 - left) * step / last,
-                   floor - full * min(max((value - low) / (top - low), 0), 1.05)) for step, value in points],
-                 fill="black")
-        pen.text((4, i * height + 4), f"{name} = {points[-1][1]:.3g} at step {points[-1][0]}", fill="black")
-        pen.text((4, floor - full - 6), f"{top:.3g}", fill="#888888")
-    image.save(run.out / "curve.png")
+    for i, (title, lines) in enumerate(panels):
+        draw_panel(ImageDraw.Draw(image), i * height, width, height, title, lines, run.recipe["steps"])
+    image.reduce(2).save(run.out / "curve.png")         # drawn at twice the size, for smooth lines
+
+
+def draw_panel(pen, top, width, height, title, lines, steps):
+    """One panel of curve(). lines: {name: [(step, value), ...]}, two at most."""
+    font, left, right = ImageFont.load_default(28), 130, width - 20
+    ceiling, floor = top + 60, top + height - 24
+    values = sorted(value for points in lines.values() for _, value in points)
+    high = values[int(0.99 * (len(values) - 1))] or 1.0             # a rare spike may not flatten the rest
+    low, high = (-1, 1) if "cosine" in title else (0, high)
+    pen.text((left, top + 10), title, fill="black", font=font)
+    for value, y in ((high, ceiling), (low, floor)):
+        pen.line([(left, y), (right, y)], fill="#cccccc", width=2)
+        pen.text((left - 12, y), f"{value:.2g}", fill="#888888", font=font, anchor="rm")
+    for i, (name, points) in enumerate(lines.items()):
+        colour, scale = ("black", "#d62728")[i], (floor - ceiling) / (high - low)
+        at = [(left + (right - left) * step / steps, floor - scale * (min(max(value, low), high) - low))
+              for step, value in points]
+        pen.line(at, fill=colour, width=4)
+        pen.text((right - 200 * i, top + 10), name, fill=colour, font=font, anchor="ra")
 
 
 def evaluation(run):
     """A function -> {"FID 1 NFE": ..., ...} of the EMA weights now, which all processes call together."""
     args = run.args
     real, stats = fid.open_ref(args.eval_ref) if args.eval_ref else (fid.from_dataset(run.dataset), None)
-    extractors = fid.extractors_for(args.eval_features, (real or run.dataset).shape, run.device)
-    theirs = [stats] * len(extractors) if stats else fid.measure(real, extractors)
-    counts = run.dataset.describe()["label_counts"]
+    [extractor] = fid.extractors_for(None, (real or run.dataset).shape, run.device)
+    theirs = stats or fid.measure(real, [extractor])[0]
     count = args.eval_samples or min(50_000, real.count if real else 50_000)
+    counts = run.dataset.describe()["label_counts"]
     labels = sample.make_labels("data", count, run.dataset.classes, 0, counts)
     run.say(f"evaluation: {count} pictures of the EMA weights, labels as in the data, seed 0, against "
-            f"{args.eval_ref or run.dataset.name}; {', '.join(e.name for e in extractors)}")
+            f"{args.eval_ref or run.dataset.name}; {extractor.name}")
 
     def evaluate():
         values = {}
         for nfe in (1, 2):
             made = fid.from_network(run.ema, run.decode, labels, sample.uniform_grid(nfe), "ode", 0, {})
-            for e, ours, other in zip(extractors, fid.measure(made, extractors), theirs):
-                values |= {f"{title} {nfe} NFE": v for title, v in fid.compare(e, ours, other).items()}
+            [ours] = fid.measure(made, [extractor])
+            values |= {f"{title} {nfe} NFE": v for title, v in fid.compare(extractor, ours, theirs).items()}
         return values
     return evaluate
 
@@ -444,17 +464,54 @@ def conflict(run, alpha):
     t, r = sample_times(len(x), 0.0, run.recipe["time_mean"], run.recipe["time_std"], data.generator(0))
     options = {k: run.recipe[k] for k in ("omega", "kappa", "t_min", "t_max")}
     options.update(e=numbers["e"][rows], t=t, r=r, null=run.model.config.classes)
-    with torch.compiler.set_stance("force_eager"):
-        now = gradient_conflict(run.model, x, y, alpha, **options) if alpha > 0 else {}
-        return gradient_conflict(run.model, x, y, 0.0, **options) | {f"{k}_now": v for k, v in now.items()}
+    now = gradient_conflict(run.model, x, y, alpha, **options) if alpha > 0 else {}
+    return gradient_conflict(run.model, x, y, 0.0, **options) | {f"{k}_now": v for k, v in now.items()}
 
 
-# ---- training --------------------------------------------------------------------------------------
+# ---- compiled blocks -------------------------------------------------------------------------------
 
 def eager_du_dt(net, z, t, r, v, y):
     """du/dt goes around the compiled blocks: in forward mode each would be compiled once more."""
     with torch.compiler.set_stance("force_eager"):
         return du_dt(net, z, t, r, v, y)
+
+
+def compile_blocks(run):
+    """Compile each block, and call the objective at every kind of α, so that no program is made later.
+
+    A program is made anew for another number of rows, too, the first time; the next one then takes any
+    number. If the compiler fails on one process, all go on without it.
+    """
+    run.say("compiling the blocks, which can take some minutes (--no-compile does without)")
+    torch._dynamo.config.optimize_ddp = False           # which would cut the blocks once more
+    for block in run.model.blocks:
+        block.compile()
+    numbers, rows, problem = random_numbers(run.recipe, 0, run.dataset, run.device), own_rows(run, 0), None
+    mine = {name: numbers[name][rows] for name in ("e", "t", "r", "drop")}
+    x, y = torch.zeros_like(mine["e"]), torch.zeros(len(mine["t"]), dtype=torch.long)
+    try:
+        for alpha in (1.0, 0.5, 0.5, 0.0):
+            with run.autocast:
+                loss, _ = alpha_flow_loss(run.model, x, y, alpha, **mine, **run.objective)
+            loss.backward()
+            mine["r"][-1] = mine["t"][-1]               # two times can be equal by chance: one jump fewer
+    except Exception as error:                          # a compiler can raise nearly anything
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    run.optimizer.zero_grad(set_to_none=True)
+    problem = next(filter(None, of_all_processes(run, problem)), None)
+    if problem:
+        torch.compiler.set_stance("force_eager")
+        run.say(f"the compiler failed, so the run goes on without it ({problem})")
+
+
+# ---- training --------------------------------------------------------------------------------------
+
+def of_all_processes(run, value):
+    """A list of what `value` is on each process."""
+    values = [value] * run.world
+    if run.world > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def catch_signals():
@@ -486,7 +543,7 @@ def micro_batches(run):
             yield x.pin_memory() if run.device.type == "cuda" else x, y
 
 
-def backward(run, ddp_model, loader, step, alpha, objective, autocast):
+def backward(run, loader, step, alpha):
     """Add up the gradients of one step over its micro-batches. Returns the mean statistics."""
     numbers, total = random_numbers(run.recipe, step, run.dataset, run.device), {}
     for m in range(run.args.accumulate):
@@ -494,9 +551,9 @@ def backward(run, ddp_model, loader, step, alpha, objective, autocast):
         x = x.to(run.device, non_blocking=True)
         x = run.dataset.sample(x, mine.pop("posterior", None))                      # (b, C, H, W)
         last = m == run.args.accumulate - 1 or run.world == 1
-        with contextlib.nullcontext() if last else ddp_model.no_sync():             # DDP averages once
-            with autocast:
-                loss, stats = alpha_flow_loss(ddp_model, x, y, alpha, **mine, **objective)
+        with contextlib.nullcontext() if last else run.ddp_model.no_sync():         # DDP averages once
+            with run.autocast:
+                loss, stats = alpha_flow_loss(run.ddp_model, x, y, alpha, **mine, **run.objective)
             (loss / run.args.accumulate).backward()
         for name, value in {"loss": loss.detach(), **stats}.items():
             total[name] = total.get(name, 0) + value / run.args.accumulate
@@ -512,20 +569,16 @@ def mean_over_processes(run, stats):
     return dict(zip(stats, values.tolist()))
 
 
-def train(run, ddp_model, autocast, evaluate=None):
+def train(run, evaluate=None):
     """The loop. Step k is a function of the state after step k-1 and of (seed, k): to resume is to go on."""
-    args, recipe, model, steps = run.args, run.recipe, run.model, run.recipe["steps"]
-    names = ("omega", "kappa", "t_min", "t_max", "label_drop", "clip", "c", "shrink_c")
-    objective = {name: recipe[name] for name in names}
-    # The prediction goes through DDP, whose backward averages gradients; targets need none and do without.
-    objective.update(null=model.config.classes, target_net=model, derivative=eager_du_dt)
+    args, recipe, steps = run.args, run.recipe, run.recipe["steps"]
     write, loader, stop = run.rank == 0 and open_log(run), data.prefetch(micro_batches(run)), catch_signals()
-    parameters, averages = list(model.parameters()), list(run.ema.parameters())
+    parameters, averages = list(run.model.parameters()), list(run.ema.parameters())
     clock, logged, saved = time.perf_counter(), run.start - 1, time.monotonic()
     bar = tqdm(range(run.start, steps), initial=run.start, total=steps, disable=True if run.rank else None)
     for step in bar:
         alpha = alpha_of(recipe, step)
-        stats = backward(run, ddp_model, loader, step, alpha, objective, autocast)
+        stats = backward(run, loader, step, alpha)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not math.isfinite(norm + stats["loss"]):     # here the host waits for the device
             raise ValueError(f"loss or gradient of step {step} is not finite (alpha {alpha:g}): the last "
@@ -538,10 +591,12 @@ def train(run, ddp_model, autocast, evaluate=None):
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - ema_decay(recipe, step))
 
-        done = step + 1
-        stopping = done == steps or any_told_to_stop(run, stop)
+        done, logging = step + 1, step % args.log_every == 0
+        # All must stop at the same step, and to ask the others costs time.
+        told = any(of_all_processes(run, bool(stop))) if logging or run.world == 1 else False
+        stopping = done == steps or told
         began = time.perf_counter()
-        if step % args.log_every == 0 or stopping:
+        if logging or stopping:
             speed = recipe["batch"] * (step - logged) / (began - clock)
             stats, mfu = mean_over_processes(run, stats), utilisation(run, alpha, speed)
             logged, clock = step, began
@@ -553,20 +608,12 @@ def train(run, ddp_model, autocast, evaluate=None):
         if write and (stopping or time.monotonic() - saved > 60 * args.save_every):
             save(run, done)                             # before the pictures: nothing may cost a save
             saved = time.monotonic()
-        report(run, step, alpha, write, evaluate, bar)
+        with torch.compiler.set_stance("force_eager"):              # pictures would need other programs
+            report(run, step, alpha, write, evaluate, bar)
         clock += time.perf_counter() - began            # images_per_s is about training alone
         if stopping:
             return done
     return steps
-
-
-def any_told_to_stop(run, stop):
-    """Whether any process got a signal: all must stop at the same step."""
-    if run.world == 1:
-        return bool(stop)
-    told = torch.tensor(float(bool(stop)), device=run.device)
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    return bool(told)
 
 
 def memory_mb(device):
@@ -597,66 +644,63 @@ def report(run, step, alpha, write, evaluate, bar):
                                                    for k, v in values.items()))
 
 
-def introduce(run, kind):
-    """What runs here: network, data, recipe, cost."""
-    about, recipe, config = run.dataset.describe(), dict(run.recipe), run.model.config
+def introduce(run):
+    """Say what runs here: network, data, recipe, cost."""
+    about, recipe = run.dataset.describe(), dict(run.recipe)
     # The half-life that is reached: in a short run the ramp ends below it.
     recipe["ema_half_life"] = min(recipe["ema_half_life"], round(recipe["ema_ramp"] * recipe["steps"], 3))
     run.say(f"{recipe['model']}, {sum(p.numel() for p in run.model.parameters()):,} parameters, on "
             f"{about['name']}, {about['count']:,} of {'x'.join(map(str, about['shape']))}; {run.device}, "
-            f"{run.world} process{'es' * (run.world > 1)}, {kind} products")
+            f"{run.world} process{'es' * (run.world > 1)}, {run.precision} products")
     run.say(textwrap.fill("recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items()), 110))
-    batch = recipe["batch"] * flops_of_forward(config) / 1e12
-    costs = (f"{forwards_of_step(recipe, alpha) * batch:.3g} at α = {alpha}" for alpha in (1, 0.5, 0))
-    run.say(f"TFLOPs a step: {', '.join(costs)}" + f"; resuming at step {run.start}" * (run.start > 0))
+    run.flops = flops_of_forward(run.model)
+    costs = (f"{forwards_of_step(recipe, alpha) * recipe['batch'] * run.flops / 1e12:.3g} at α = {alpha}"
+             for alpha in (1, 0.5, 0))
+    going_on = f"; resuming at step {run.start}" if run.start else "; no run to resume yet: starting one"
+    run.say(f"TFLOPs a step: {', '.join(costs)}" + going_on * run.args.resume)
+
+
+def write_recipe(run):
+    """recipe.json into the folder of the run, from which --overwrite takes what would seem to be new."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    (run.out / "recipe.json").write_text(json.dumps(run.recipe, indent=1) + "\n")
+    for old in (run.out / "ckpt.pt", *run.out.glob("samples_*.png")):
+        if run.start == 0:
+            old.unlink(missing_ok=True)
 
 
 def main():
     args = parse_flags()
-    rank, world, device = data.place(args.device)
-    run = assemble(args, rank, world, device, print if rank == 0 else lambda *_: None)
-    cuda, latents = device.type == "cuda", latents_of(run.dataset)
-    run.decode = sample.decoder(latents, device) if cuda or not latents else None   # a CPU takes seconds
+    run = assemble(args, *data.place(args.device))
     if args.eval_every and not run.decode:
         raise ValueError("--eval-every on latents needs a GPU")
-    if not args.eval_every and (args.eval_features or args.eval_samples or args.eval_ref):
-        raise ValueError("--eval-features, --eval-samples and --eval-ref need --eval-every STEPS")
-
-    # Only matrix products are rounded: weights, targets, residual stream, norms, times, loss are float32.
-    kind = args.precision or ("bf16" if cuda else "fp32")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16")
-    introduce(run, kind)
-    if rank == 0:
-        run.out.mkdir(parents=True, exist_ok=True)
-        (run.out / "recipe.json").write_text(json.dumps(run.recipe, indent=1) + "\n")
-        for old in (run.out / "ckpt.pt", *run.out.glob("samples_*.png")):
-            if run.start == 0:                          # --overwrite: the old run is gone now
-                old.unlink(missing_ok=True)
+    introduce(run)
+    if run.rank == 0:
+        write_recipe(run)
+    cuda = run.device.type == "cuda"
     data.meet("nccl" if cuda else "gloo", minutes=60)
-    starts = [run.start] * world
-    if world > 1:
-        dist.all_gather_object(starts, run.start)
-    if set(starts) != {run.start}:
-        raise ValueError(f"the processes would start at steps {starts}: all must see the same --out")
+    if len(set(of_all_processes(run, run.start))) > 1:
+        raise ValueError("the processes would start at different steps: all must see the same --out")
     evaluate = evaluation(run) if args.eval_every else None
-    ddp_model = run.model
+
+    names = ("omega", "kappa", "t_min", "t_max", "label_drop", "clip", "c", "shrink_c")
+    # The prediction goes through DDP, whose backward averages gradients; targets need none and do without.
+    run.objective = {name: run.recipe[name] for name in names} | dict(
+        null=run.model.config.classes, target_net=run.model, derivative=eager_du_dt)
     if cuda if args.compile is None else args.compile:
-        torch._dynamo.config.optimize_ddp = False       # the blocks are separate programs already
-        for block in run.model.blocks:
-            block.compile()
-    if world > 1:
-        ddp_model = DistributedDataParallel(run.model, device_ids=[device] if cuda else None,
-                                            gradient_as_bucket_view=True)           # no second copy
-    done, ckpt = train(run, ddp_model, autocast, evaluate), run.out / "ckpt.pt"
+        compile_blocks(run)
+    run.ddp_model = run.model if run.world == 1 else DistributedDataParallel(
+        run.model, device_ids=[run.device] if cuda else None, gradient_as_bucket_view=True)  # no second copy
+    done, ckpt = train(run, evaluate), run.out / "ckpt.pt"
     if done < run.recipe["steps"]:
-        run.say(f"stopped after step {done}, saved; --resume {ckpt} continues")
-    elif rank == 0:
-        pictures = run.decode is not None
-        if pictures:
+        run.say(f"stopped after step {done}, saved; the same command with --resume goes on")
+    elif run.rank == 0:
+        if run.decode:
             labels = torch.arange(10) % run.dataset.classes
             sample.trajectory(run.ema, run.decode, labels, run.out / "trajectory.gif")
         print(f"done: {run.out}/ holds ckpt.pt, log.jsonl, curve.png"
-              f"{', samples_*.png, trajectory.gif' * pictures}. Next: python sample.py --ckpt {ckpt} --nfe 1")
+              f"{', samples_*.png, trajectory.gif' if run.decode else ''}. "
+              f"Next: python sample.py --ckpt {ckpt} --nfe 1")
 
 
 if __name__ == "__main__":
