@@ -149,7 +149,10 @@ class Attention(nn.Module):
         B, T, D = h.shape
         qkv = self.qkv(h).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                            # each (B, H, T, D/H)
-        h = F.scaled_dot_product_attention(q, k, v)                                     # (B, H, T, D/H)
+        # Under autocast q, k and v are bf16 already. It stops here because it would round the scores, too,
+        # in the plain attention of du/dt: fused kernels keep them in float32.
+        with torch.autocast(h.device.type, enabled=False):
+            h = F.scaled_dot_product_attention(q, k, v)                                 # (B, H, T, D/H)
         return self.proj(h.transpose(1, 2).reshape(B, T, D))
 
 

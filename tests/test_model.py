@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loss import alpha_flow_loss, du_dt  # noqa: E402
@@ -129,6 +130,23 @@ def test_autocast_keeps_the_stream_and_the_times_in_float32(grad):
         assert set(seen[name]) == {torch.float32}, name
     for name in ("blocks.0.attn.qkv", "blocks.1.mlp.fc2", "final_layer.linear"):
         assert seen[name][-1] == torch.bfloat16, name
+
+
+class Products(TorchDispatchMode):
+    """Notes the type of what goes into batched products, which attention's are."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default:
+            self.seen = getattr(self, "seen", set()) | {args[0].dtype}
+        return func(*args, **(kwargs or {}))
+
+
+def test_scores_of_du_dt_are_not_rounded_to_bf16():
+    net, t = build("Ti/4", 8, 1, 10), torch.full((2,), 0.7)
+    z, r, y = torch.randn(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Products() as products:
+        du_dt(net, z, t, r, z, y)
+    assert products.seen == {torch.float32}
 
 
 def test_autocast_tells_close_times_apart():

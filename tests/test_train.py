@@ -89,12 +89,16 @@ def finish(process):
     return Result(process.returncode, out, err)
 
 
-def start_two(folder, *args):
-    """Two processes as torchrun starts them, but each in our hands."""
+def two_ranks():
+    """The environments in which torchrun starts two processes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    return [start(folder, *args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=port,
-                  MASTER_ADDR="127.0.0.1") for rank in (0, 1)]
+    return [dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=port,
+                 MASTER_ADDR="127.0.0.1") for rank in (0, 1)]
+
+
+def start_two(folder, *args):
+    return [start(folder, *args, **env) for env in two_ranks()]
 
 
 def wait(process, condition):
@@ -317,17 +321,56 @@ def test_less_memory_and_bf16_products_change_rounding_alone(short, tmp_path, fl
     assert (rows != log(short)) == ("bf16" in flags)                    # products that were rounded show
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")      # inductor's own
-def test_compiled_blocks_compute_what_eager_ones_do(tmp_path):
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("no compiler here")
-    flags = ["--steps", 4, "--alpha-schedule", "linear", "--alpha-window", "0,0.5"]
-    eager = run_log(tmp_path, *flags)
+# ---- compiled ------------------------------------------------------------------------------------
+
+GUIDED = "--omega 0.5 --kappa 0.4 --t-min 0.2 --t-max 0.9 --label-drop 0.3".split()
+LINEAR = "--steps 10 --alpha-schedule linear --alpha-window 0,0.5".split()      # 1, four in between, 0
+compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler here")
+own_warning = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+
+
+@compiler
+@own_warning
+@pytest.mark.parametrize("flags", [["--fm-ratio", 0], [*GUIDED, "--recompute"]], ids=["plain", "guided"])
+def test_compiled_blocks_compute_what_eager_ones_do_and_are_made_once(tmp_path, monkeypatch, flags):
+    def with_ties(n, *args):                            # in some steps one jump less, by chance
+        t, r = draw(n, *args)
+        return t, torch.where((torch.arange(n) == n - 1) & (t[-1] < 0.4), t, r)
+
+    draw = train.sample_times
+    monkeypatch.setattr(train, "sample_times", with_ties)
+    eager = run_log(tmp_path, *LINEAR, *flags)
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = run_log(tmp_path, *flags, "--compile")
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0   # it was compiled at all
-    assert [row["alpha"] for row in compiled] == [1.0, 0.5, 0.0, 0.0]
-    assert_close(compiled, eager, rel=1e-4)
+    compiled = run_log(tmp_path, *LINEAR, *flags, "--compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2          # with gradient and without
+    assert [row["alpha"] for row in compiled] == [1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0]
+    assert_close(compiled, eager, rel=1e-3)
+
+
+@compiler
+def test_two_processes_with_compiled_blocks_compute_what_one_does(tmp_path):
+    two = [start(tmp_path, *SHORT, *LINEAR, *GUIDED, "--out", "two", "--compile", TORCH_LOGS="recompiles",
+                 **env) for env in two_ranks()]
+    eager = run_log(tmp_path, *LINEAR, *GUIDED)
+    for process in two:
+        assert finish(process).ok().err.count("Recompiling function") == 1      # without gradient, at the start
+    assert_close(log(tmp_path / "two"), eager, rel=1e-3)
+
+
+@own_warning
+def test_if_the_compiler_fails_the_run_goes_on_without_it(short, tmp_path, monkeypatch):
+    def broken(graph, inputs):
+        raise OSError("no space left")
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: original(block, backend=broken))
+    torch._dynamo.reset()
+    try:
+        said = call(tmp_path, "train.py", *SHORT, "--compile", "--out", "run").ok().out
+    finally:
+        torch.compiler.set_stance("default")
+    assert said.count("the compiler failed") == 1 and "no space left" in said and log(tmp_path / "run") == log(short)
 
 
 # ---- recipes -------------------------------------------------------------------------------------
