@@ -346,7 +346,7 @@ def flops_of_forward(model):
 def forwards_of_step(recipe, alpha):
     """About what a step costs in forwards of its batch: prediction 3, backward included, and target."""
     jumps = 1 - recipe["fm_ratio"]
-    target = 0 if alpha == 1 else jumps if alpha > 0 else 2 * jumps     # du/dt: see Product in model.py
+    target = 0 if alpha == 1 else jumps if alpha > 0 else 2 * jumps     # du/dt: see Linear in model.py
     if (recipe["omega"], recipe["kappa"]) == (1, 0):
         return 3 + target
     times = torch.distributions.Normal(recipe["time_mean"], recipe["time_std"])
