@@ -7,11 +7,11 @@
     python data.py folder --src DIR --size 256 --latents --out data/mine         # as SD-VAE latents
     torchrun --nproc_per_node=8 data.py imagenet --src DIR            # latents, writes data/imagenet256
 
-Each command prepares a data set once. Interrupted, it goes on when it is typed again, on any number of
-processes, and makes the same bytes. The rest of the program sees only this:
+Each command prepares a data set once. Interrupted, folder and imagenet go on when they are typed again, on
+any number of processes, and make the same bytes. The rest of the program sees this:
 
     dataset = load("mnist")                     # or "digits", or the path of any prepared folder
-    x, y = dataset.batch(step, batch_size=256)  # x (B, C, H, W) float32 in [-1, 1], y (B,) int64
+    x, y = dataset.batch(step, batch_size=256)  # pictures (B, C, H, W) float32 in [-1, 1], y (B,) int64
     x = dataset.sample(x, noise)                # x itself; of latents one sample of their distribution
 """
 import argparse
@@ -203,11 +203,11 @@ def write_at(path, position, numbers):
 class Dataset:
     """Labelled pictures, and which of them belong to which step.
 
-    images: uint8 (M, C, H, W), memory-mapped if prepared. labels: int64 (M,), -1 for a row that is no
-    picture because its file was damaged; N are. about: name, shape of a picture, classes, names of the
+    images: uint8 (M, C, H, W), memory-mapped if prepared. labels: int64 (M,), -1 where a file could not be
+    read; N are left. about: name, shape of a picture, classes, names of the
     classes, range (lo, hi) of the stored integers, source. ValueError if they do not agree.
     """
-    stored, dtype = 1, np.uint8                         # stored channels for one of `shape`, their type
+    stored, dtype = 1, np.uint8                         # stored channels for each one of `shape`
 
     def __init__(self, images, labels, about, seed=0, flip=False):
         self.images, self.about, self.seed, self.flip = images, about, seed, flip
@@ -433,9 +433,8 @@ def listing(src):
     loose = [path for path in inside if len(path.parts) == 1]
     if loose and len(loose) < len(inside):
         raise ValueError(f"{src} has pictures beside its class folders ({loose[0]}): move them into one")
-    names = sorted(set(classes))
-    number = {name: k for k, name in enumerate(names)}
-    return [src / path for path in inside], [number[name] for name in classes], names
+    names, labels = np.unique(classes, return_inverse=True)
+    return [src / path for path in inside], labels.tolist(), names.tolist()
 
 
 def picture(path, size=None):

@@ -11,7 +11,7 @@ covariance Σ, and the distance is that of the two normal distributions which ha
     d² = |μ1 - μ2|² + tr(Σ1 + Σ2 - 2·(Σ1·Σ2)^½)
 
 The features decide what it means: Inception-v3 gives the FID of the papers, DINOv2 FDD, CLIP FCD, and
-bare pixels a thermometer for tiny pictures, which is never an FID. In order: distances, statistics batch
+bare pixels a quick check for tiny pictures, which is never an FID. In order: distances, statistics batch
 by batch, the three networks, pictures from anywhere, the command line.
 """
 import dataclasses
@@ -171,9 +171,8 @@ class RunningScore:
         return self
 
     def all_merge(self):
-        everyone = RunningScore(1)
-        everyone.table = torch.stack(of_all(self.table)).sum(0)
-        return everyone
+        self.table = torch.stack(of_all(self.table)).sum(0)
+        return self
 
     def value(self):
         """(mean, population standard deviation) over the splits."""
@@ -308,6 +307,11 @@ def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
 
+def gelu(x):
+    """Exact. For F.gelu itself PyTorch's layer has a kernel of its own, on CUDA of the tanh kind."""
+    return F.gelu(x)
+
+
 class ViT(nn.Module):
     """DINOv2 (Oquab et al. 2023), or with `out` the image half of CLIP (Radford et al. 2021).
 
@@ -319,7 +323,7 @@ class ViT(nn.Module):
         super().__init__()
         clip = out is not None
         self.grid, self.clip = grid, clip
-        eps, activation = (1e-5, quick_gelu) if clip else (1e-6, F.gelu)            # F.gelu: exact, not tanh
+        eps, activation = (1e-5, quick_gelu) if clip else (1e-6, gelu)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid ** 2, dim))
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch, patch, bias=not clip)))
@@ -378,7 +382,7 @@ def vit_state(state):
             continue                                    # no part of it, or joined with another below
         if ".q_proj." in name:
             w = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
-        # DINOv2 scales each channel of what a block adds. A linear map stands before it, which can do that.
+        # DINOv2 scales each channel of what a block adds: that goes into the linear map before it.
         for layer, scale in ((".attn.proj.", ".ls1.gamma"), (".mlp.fc2.", ".ls2.gamma")):
             if layer in name and (gamma := state.get(name.split(layer)[0] + scale)) is not None:
                 w = w * gamma.view(-1, *[1] * (w.dim() - 1))
@@ -719,10 +723,18 @@ def parse_flags():
     return p.parse_args()
 
 
-def open_ref(ref, size=None):
-    """(real Pictures or None, Measured or None): pictures or statistics by their name."""
-    stats = read_stats(ref) if ref.endswith(".npz") else None
+def open_ref(ref, size=None, rows=False):
+    """(real Pictures or None, Measured or None), by their name; `rows` takes pictures of files with both."""
+    stats = read_stats(ref) if ref.endswith(".npz") and not rows else None
     return (None, stats) if stats else (open_pictures(ref, size), None)
+
+
+def check_comparable(made, extractors, real, stats):
+    """ValueError if pictures of other sizes, or statistics of other features, would be compared."""
+    if real and real.shape != made.shape:
+        raise ValueError(f"pictures of {made.shape}, real ones of {real.shape}: give another reference")
+    if stats and any(stats.about.get(key, v) != v for e in extractors for key, v in e.about.items()):
+        raise ValueError(f"the reference holds statistics of other features: {stats.about}")
 
 
 def drawn(args, ckpt, device, real):
@@ -748,7 +760,7 @@ def main():
         raise ValueError("give a --batch of 1 or more and --samples of 2 or more")
     ckpt = read_checkpoint(args.ckpt) if args.ckpt else {"config": {}}
     ref = args.ref or ckpt["config"].get("recipe", {}).get("data")
-    real, stats = open_ref(ref, args.size) if ref else (None, None)
+    real, stats = open_ref(ref, args.size, args.precision_recall) if ref else (None, None)
     made = drawn(args, ckpt, device, real) if args.ckpt else open_pictures(args.pictures, args.size)
     extractors = extractors_for(args.features, made.shape, device, args.weights)
     if args.save_stats and len(extractors) > 1:
@@ -757,11 +769,7 @@ def main():
         raise ValueError("nothing to compare with: give --ref, or --save-stats FILE.npz")
     if args.precision_recall and not real or args.samples and args.pictures:
         raise ValueError("--precision-recall needs pictures as --ref, --samples a --ckpt")
-    if real and real.shape != made.shape:
-        raise ValueError(f"pictures of {made.shape}, real ones of {real.shape}: give another --ref or --size")
-    if stats and any(stats.about.get(key, v) != v for e in extractors for key, v in e.about.items()):
-        raise ValueError(f"--ref {ref} holds statistics of other features: {stats.about}")
-
+    check_comparable(made, extractors, real, stats)
     data.meet()
     keep = args.precision_recall
     theirs = measure(real, extractors, args.batch, keep) if real else [stats] * len(extractors)

@@ -89,8 +89,8 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
 
         v_guided = ω·v + κ·u(z, t, t, y) + (1-ω-κ)·u(z, t, t, null)
 
-    Rows outside keep v. z, v: (B, C, H, W). t, y: (B,). null: the index of the null label. r, u: the
-    prediction u(z, t, r, y), if at hand: where r = t it is u(z, t, t, y) already, and no pass is needed.
+    Rows outside keep v. z, v: (B, C, H, W). t, y: (B,). null: the index of the null label. r, u: optional,
+    the prediction u(z, t, r, y): where r = t it is u(z, t, t, y) already, which saves a pass.
     Returns (B, C, H, W), without gradient. ValueError if null is missing.
     """
     if omega == 1 and kappa == 0:
@@ -230,14 +230,15 @@ def statistics(u, v, target, err, parts, alpha, jump, clip):
       loss_fm, loss_jump   the same of the loss
       L_TFM, L_TC          trajectory flow matching |u - v|², consistency 2·(v - u_target)·u (α-Flow eq. 7)
       clipped              share of the target's entries at the clip
-      tangent              mean |Δ·du/dt|: exact at α = 0, a finite difference along αΔ above, 0 at α = 1
+      tangent              mean |Δ·du/dt|: exact at α = 0, a finite difference along αΔ above (too small
+                           where the target was clipped), 0 at α = 1
     """
     at_clip = (target.abs() >= clip) & rowwise(jump & (alpha > 0), u)
     if alpha == 1:
         rate = torch.zeros_like(u)                      # the target holds no trace of du/dt
     elif alpha == 0:
         rate = v - target
-    else:                                               # u_target solved for (u - u_next)/α
+    else:               # (u - u_next)/α, with u_next = (u_target - α·v)/(1-α) from the target's formula
         rate = ((1 - alpha) * u + alpha * v - target) / (alpha * (1 - alpha))
     return {"err": err.mean(), "err_fm": (err * ~jump).mean(), "err_jump": (err * jump).mean(),
             "loss_fm": (parts * ~jump).mean(), "loss_jump": (parts * jump).mean(),
@@ -283,6 +284,6 @@ def rowwise(a, like):
 
 
 def on(z, *small):
-    """Small host tensors on z's device, floats in its dtype; pinned, or the copy would wait for the GPU."""
+    """Small host tensors on z's device, floats in its dtype; pinned, so that nobody waits for the copy."""
     small = [a.pin_memory() if z.is_cuda and not a.is_cuda else a for a in small]
     return [a.to(z.device, z.dtype if a.is_floating_point() else a.dtype, non_blocking=True) for a in small]

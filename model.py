@@ -82,7 +82,7 @@ class Linear(nn.Linear):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
         x, tangent = unpack_dual(x)                       # x and ẋ, which is None outside torch.func.jvp
-        assert unpack_dual(self.weight).tangent is None, "weights are constants here: enable gradients"
+        assert unpack_dual(self.weight).tangent is None, "a derivative by the weights needs gradients enabled"
         y = F.linear(x, self.weight, self.bias)
         return y if tangent is None else make_dual(y, F.linear(tangent, self.weight))
 
@@ -271,8 +271,8 @@ def position_table(grid, dim):
 # ---- weights from files, without running anything in them ------------------------------------------
 
 class Inert:
-    """Stands for a class or function that a file names, and runs nothing: an empty dict, which torch.load
-    fills, or, of a call with arguments, an object of no use."""
+    """Placeholder for a class or function that a file names. Nothing runs: it is an empty dict, which
+    torch.load fills, or where arguments are given an object without content."""
 
     def __new__(cls, *args):
         return super().__new__(cls) if args else OrderedDict()
@@ -284,11 +284,11 @@ class Inert:
 def read_torch(path):
     """What torch.save wrote, tensors on the CPU and mapped to the file, classes of others as inert dicts.
 
-    ValueError, in one line, for any other file; OSError for none.
+    ValueError, in one line, for any other file; OSError if it is missing.
     """
     open(path, "rb").close()                              # the system says best what is wrong with a path
     try:
-        zipped, known = zipfile.is_zipfile(path), torch.serialization               # older files are none
+        zipped, known = zipfile.is_zipfile(path), torch.serialization               # before PyTorch 1.6 none
         foreign = known.get_unsafe_globals_in_checkpoint(str(path)) if zipped else []
         with known.safe_globals([(Inert, name) for name in foreign]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -358,8 +358,9 @@ def from_released(theirs):
 
     state, label = theirs["ema"], "y_embedder.embedding_table.weight"
     ema, net = below("model.", state), below("model.", theirs.get("net") or {})
-    if len(ema[label]) == 1000:                           # trained without guidance: there is no null label
-        ema[label] = torch.cat([ema[label], torch.zeros_like(ema[label][:1])])
+    for weights in (ema, net):
+        if len(weights.get(label, ())) == 1000:           # trained without guidance: there is no null label
+            weights[label] = torch.cat([weights[label], torch.zeros_like(weights[label][:1])])
     dim, channels, patch, _ = ema["x_embedder.proj.weight"].shape
     size = patch * math.isqrt(ema["pos_embed"].shape[1])
     depth = len({k.split(".")[1] for k in ema if k.startswith("blocks.")})

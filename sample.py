@@ -1,7 +1,7 @@
 """From a checkpoint to pictures, in one evaluation of the network or a few.
 
     python sample.py --ckpt out/digits/ckpt.pt --nfe 1                  # a grid, one row a class
-    python sample.py --ckpt out/digits/ckpt.pt --grid 1,0.55,0 --sampler consistency --classes 3,1,4
+    python sample.py --ckpt out/digits/ckpt.pt --grid 1,0.55,0 --sampler consistency --labels 3,1,4
     python sample.py --ckpt out/digits/ckpt.pt --samples 1000 --out many.npz
     torchrun --nproc_per_node=8 sample.py --ckpt CKPT --nfe 2 --samples 50000 --out samples.npz
     python sample.py --ckpt alphaflow-XL-2-plus-cfg.pt --nfe 2          # released weights
@@ -136,7 +136,7 @@ def decoder(latents, device, state=None):
     """decode(x): samples (B, C, h, w) -> uint8 pictures. latents: None, or a dict: mean, std, vae.
 
     state: the weights of the VAE; else the one that `latents` names is found or downloaded, at the first
-    call, for whoever wants the network alone needs none.
+    call.
     """
     if not latents:
         return data.to_uint8
@@ -304,8 +304,8 @@ def parse_flags():
     p = data.Parser(description="Draw pictures from a checkpoint.")
     p.add_argument("--ckpt", type=Path, required=True, help="what train.py wrote, or a released file")
     p.add_argument("--raw", action="store_true", help="the weights as trained, not their running average")
-    p.add_argument("--classes", default="balanced", metavar="WHICH", help="balanced, random, data (as "
-                   "frequent as in the training data), or labels like 0,1,2, repeated in turn [balanced]")
+    p.add_argument("--labels", default="balanced", metavar="WHICH", help="balanced, random, data (as "
+                   "frequent as in the training data), or some like 0,1,2, repeated in turn [balanced]")
     p.add_argument("--samples", type=int, metavar="N", help="pictures [10 a class, 100 at most]")
     p.add_argument("--seed", type=int, default=0, help="picture k depends on the seed and k alone [0]")
     p.add_argument("--nfe", type=int, help="network evaluations, as equal jumps [1]")
@@ -329,9 +329,9 @@ def main():
     about, stat = read_checkpoint(args.ckpt).get("data") or {}, args.ckpt.stat()
     net, decode = load(args.ckpt, weights, device)
     classes = net.config.classes
-    listed = args.classes.count(",") + 1 if args.classes[:1].isdigit() else classes
+    listed = args.labels.count(",") + 1 if args.labels[:1].isdigit() else classes
     count = min(100, 10 * listed) if args.samples is None else args.samples
-    labels = make_labels(args.classes, count, classes, args.seed, about.get("label_counts"))
+    labels = make_labels(args.labels, count, classes, args.seed, about.get("label_counts"))
     path = Path(args.out or args.ckpt.parent / f"grid_{sampler}_nfe{nfe}_{weights}.png")
     if path.suffix not in (".png", ".npz") or path.suffix == ".png" and world > 1:
         raise ValueError(f"--out {path}: give FILE.npz or, for one process, FILE.png")
@@ -342,7 +342,7 @@ def main():
 
     data.meet()
     if path.suffix == ".npz":
-        depends_on = [stat.st_size, stat.st_mtime_ns, weights, grid, sampler, args.classes, count, args.seed,
+        depends_on = [stat.st_size, stat.st_mtime_ns, weights, grid, sampler, args.labels, count, args.seed,
                       batch, device.type]
         write_npz(path, pictures, labels, pictures(range(1)).shape[1:], batch, depends_on)
     else:
@@ -352,7 +352,7 @@ def main():
             sheet.save(file, format="PNG")
     if rank == 0:
         print(f"wrote {path}: {count} pictures, {weights} weights, {nfe} NFE, {sampler}, times "
-              f"{','.join(f'{t:g}' for t in grid)}, labels {args.classes}, seed {args.seed}")
+              f"{','.join(f'{t:g}' for t in grid)}, labels {args.labels}, seed {args.seed}")
 
 
 if __name__ == "__main__":

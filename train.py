@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-# A thread that waits for another one spins, and soon sleeps instead: where other programs keep the cores busy,
-# two threads are twice as fast so, and no slower where they do not. OpenMP reads it when torch is loaded.
+# A thread that has to wait tries again for a while, then sleeps. A shorter while makes training twice as fast
+# where other programs use the cores, and no slower where none do. OpenMP reads this when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
@@ -102,7 +102,7 @@ RECIPES = {                 # --model: what differs from the paper's common sett
     "Ti/4": dict(SMALL, data="mnist") | dict(steps=1875, batch=32, lr=2e-3),        # one epoch
     "Mi/2": dict(COLOUR, data="cifar10"),
     "Mi/4": dict(COLOUR, data="PICTURES"),                  # your own: give --data
-    # the paper's networks, in SD-VAE latents; -cfg: with guidance trained in
+    # the paper's networks, in SD-VAE latents; all of L/2 and XL/2 have guidance trained in, and so has -cfg
     "B/4": dict(),
     "B/2": dict(),
     "B/2-cfg": dict(GUIDED, kappa=0.5, fm_ratio=0.25),
@@ -191,7 +191,7 @@ def resolve(args, saved=None):
         if moving := [k for k in given if k.startswith("alpha_")]:
             raise ValueError(f"--alpha is a constant, so {flag(moving[0])} would do nothing")
         recipe.update(alpha_schedule="constant", alpha_start=args.alpha)
-    if args.alpha_schedule == "step" and args.alpha_window is None:
+    if args.alpha_schedule == "step" and args.alpha_window is None and not saved:
         recipe["alpha_window"] = (0.5, 0.5)             # in the whole-run window the step would be at step 0
     other_data = recipe["data"] != own.get("data", PAPER["data"])
     if "warmup" not in given and not saved and (other_data or "steps" in given and "warmup" not in own):
@@ -206,6 +206,8 @@ def check(recipe):
     wrong = [name for name in positive if not recipe[name] > 0]
     if recipe["lr_decay"] not in ("constant", "linear", "cosine"):
         wrong.append("lr_decay")
+    if recipe["alpha_schedule"] != "constant" and recipe["alpha_start"] == recipe["alpha_end"]:
+        wrong.append("alpha_start")                     # of a MeanFlow recipe: α would not move
     if wrong:
         raise ValueError(f"{flag(wrong[0])} cannot be {recipe[wrong[0]]}: see --help")
     alpha_of(recipe, 0)
@@ -238,7 +240,7 @@ def random_numbers(recipe, step, dataset, device):
 
     Each process draws it all and keeps its own rows, so the numbers do not depend on how many there are.
     """
-    B, key = recipe["batch"], (0, recipe["seed"], step)             # sample.py has shorter keys
+    B, key = recipe["batch"], (0, recipe["seed"], step)     # longer keys than sample.py's: other numbers
     host, noise = data.generator(*key, 0), data.generator(*key, 1, device=device)
     t, r = sample_times(B, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"], host)
     numbers = {"t": t, "r": r, "drop": torch.rand(B, generator=host),               # (B,), on the CPU
@@ -270,7 +272,9 @@ def assemble(args, rank, world, device):
     out, ckpt = open_run(args)
     recipe, dataset = resolve(args, ckpt and ckpt["config"]["recipe"])
     C, size, _ = dataset.shape
-    if args.accumulate < 1 or args.log_every < 1 or recipe["batch"] % (world * args.accumulate):
+    if args.accumulate < 1 or args.log_every < 1:
+        raise ValueError("--accumulate and --log-every are 1 or more")
+    if recipe["batch"] % (world * args.accumulate):
         raise ValueError(f"--batch {recipe['batch']} is not divisible by {world} processes x "
                          f"{args.accumulate} micro-batches")
     torch.manual_seed(recipe["seed"])                   # the same first weights on all processes
@@ -284,24 +288,25 @@ def assemble(args, rank, world, device):
     model.recompute = args.recompute
     ema = copy.deepcopy(model).requires_grad_(False)
     betas = recipe["beta1"], recipe["beta2"]
-    optimizer = torch.optim.Adam(model.parameters(), recipe["lr"], betas, fused=device.type != "mps")
+    optimizer = torch.optim.Adam(model.parameters(), recipe["lr"], betas, fused=True)
     if ckpt:
-        options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
         model.load_state_dict(ckpt["net"])
         ema.load_state_dict(ckpt["ema"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-        optimizer.param_groups[0].update(options)       # this run's and this device's
+        options = optimizer.state_dict()["param_groups"]            # this run's and this device's
+        optimizer.load_state_dict(ckpt["optimizer"] | {"param_groups": options})
     start = ckpt["step"] if ckpt else 0
     if start > recipe["steps"]:
         raise ValueError(f"that run has done {start} steps: give more --steps")
     cuda, latents = device.type == "cuda", latents_of(dataset)
-    # Only matrix products are rounded: weights, targets, residual stream, norms, times, loss are float32.
+    # Only what goes into and out of products is rounded: weights, targets, residual stream, norms, times and
+    # loss are float32.
     precision = args.precision or ("bf16" if cuda else "fp32")
     return SimpleNamespace(
         args=args, recipe=recipe, dataset=dataset, out=out, start=start, rank=rank, world=world, say=say,
         device=device, model=model, ema=ema, optimizer=optimizer, precision=precision,
         autocast=torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
-        decode=sample.decoder(latents, device) if cuda or not latents else None)    # a CPU takes seconds
+        # To decode one latent takes a CPU seconds: no pictures then.
+        decode=sample.decoder(latents, device) if cuda or not latents else None)
 
 
 def init_from(model, path, say):
@@ -358,7 +363,7 @@ def forwards_of_step(recipe, alpha):
     ends = torch.tensor([recipe["t_min"], recipe["t_max"]], dtype=torch.float64).clamp(0, 1).logit()
     low, high = times.cdf(ends).tolist()
     fm, jump = (1 - jumps) * (high - low), jumps * (high**2 - low**2)       # guided; t is the later of two
-    return 3 + target + fm + 2 * jump                   # all without a label, those that jump with it, too
+    return 3 + target + fm + 2 * jump                   # one pass without the label, one with it if r < t
 
 
 def utilisation(run, alpha, images_per_s):
@@ -386,9 +391,9 @@ def open_log(run):
     return write
 
 
-def preview(run, done, columns=20):
+def preview(run, done):
     """The same noise through raw and averaged weights in one and two evaluations: four rows of pictures."""
-    columns = 10 if run.dataset.shape[-1] > 8 else columns
+    columns = 10 if run.dataset.shape[-1] > 8 else 20
     labels, rows = torch.arange(columns) % run.dataset.classes, range(columns)
     pictures = [run.decode(sample.draw(net, labels, rows, sample.uniform_grid(nfe))).cpu()
                 for net in (run.model, run.ema) for nfe in (1, 2)]
@@ -442,20 +447,23 @@ def evaluation(run):
     """A function -> {"FID 1 NFE": ..., ...} of the EMA weights now, which all processes call together."""
     args = run.args
     real, stats = fid.open_ref(args.eval_ref) if args.eval_ref else (fid.from_dataset(run.dataset), None)
-    [extractor] = fid.extractors_for(None, (real or run.dataset).shape, run.device)
-    theirs = stats or fid.measure(real, [extractor])[0]
     count = args.eval_samples or min(50_000, real.count if real else 50_000)
     counts = run.dataset.describe()["label_counts"]
     labels = sample.make_labels("data", count, run.dataset.classes, 0, counts)
+    made = {nfe: fid.from_network(run.ema, run.decode, labels, sample.uniform_grid(nfe), "ode", 0, {})
+            for nfe in (1, 2)}                          # drawn anew whenever they are measured
+    extractors = fid.extractors_for(None, made[1].shape, run.device)
+    fid.check_comparable(made[1], extractors, real, stats)
+    theirs = stats or fid.measure(real, extractors)[0]
     run.say(f"evaluation: {count} pictures of the EMA weights, labels as in the data, seed 0, against "
-            f"{args.eval_ref or run.dataset.name}; {extractor.name}")
+            f"{args.eval_ref or run.dataset.name}; {extractors[0].name}")
 
     def evaluate():
         values = {}
-        for nfe in (1, 2):
-            made = fid.from_network(run.ema, run.decode, labels, sample.uniform_grid(nfe), "ode", 0, {})
-            [ours] = fid.measure(made, [extractor])
-            values |= {f"{title} {nfe} NFE": v for title, v in fid.compare(extractor, ours, theirs).items()}
+        for nfe, pictures in made.items():
+            [ours] = fid.measure(pictures, extractors)
+            found = fid.compare(extractors[0], ours, theirs)
+            values |= {f"{title} {nfe} NFE": value for title, value in found.items()}
         return values
     return evaluate
 
@@ -484,8 +492,8 @@ def eager_du_dt(net, z, t, r, v, y):
 def compile_blocks(run):
     """Compile each block, and call the objective at every kind of α, so that no program is made later.
 
-    A program is made anew for another number of rows, too, the first time; the next one then takes any
-    number. If the compiler fails on one process, all go on without it.
+    The first time that it sees another number of rows, the compiler makes a second program, for any number.
+    If it fails on one process, all go on without it.
     """
     run.say("compiling the blocks, which can take some minutes (--no-compile does without)")
     torch._dynamo.config.optimize_ddp = False           # which would cut the blocks once more
@@ -500,7 +508,9 @@ def compile_blocks(run):
                 loss, _ = alpha_flow_loss(run.model, x, y, alpha, **mine, **run.objective)
             loss.backward()
             mine["r"][-1] = mine["t"][-1]               # two times can be equal by chance: one jump fewer
-    except Exception as error:                          # a compiler can raise nearly anything
+    except torch.OutOfMemoryError:
+        raise                                           # no fault of the compiler
+    except Exception as error:                          # which can raise nearly anything
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     run.optimizer.zero_grad(set_to_none=True)
     problem = next(filter(None, of_all_processes(run, problem)), None)
@@ -565,13 +575,10 @@ def backward(run, loader, step, alpha):
     return total
 
 
-def mean_over_processes(run, stats):
+def mean_over_processes(stats):
     """The statistics as floats, averaged over the processes (their batches are equally large)."""
-    values = torch.stack(list(stats.values())).float()
-    if run.world > 1:
-        dist.all_reduce(values)
-        values /= run.world
-    return dict(zip(stats, values.tolist()))
+    values = fid.of_all(torch.stack(list(stats.values())).float())
+    return dict(zip(stats, torch.stack(values).mean(0).tolist()))
 
 
 def train(run, evaluate=None):
@@ -596,25 +603,26 @@ def train(run, evaluate=None):
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - ema_decay(recipe, step))
 
-        done, logging = step + 1, step % args.log_every == 0
+        done = step + 1
         # All must stop at the same step, and to ask the others costs time.
-        told = any(of_all_processes(run, bool(stop))) if logging or run.world == 1 else False
-        stopping = done == steps or told
+        asked = run.world == 1 or step % 10 == 0
+        stopping = done == steps or asked and any(of_all_processes(run, bool(stop)))
+        measuring = evaluate and (done % args.eval_every == 0 or done == steps)
         began = time.perf_counter()
-        if logging or stopping:
+        if step % args.log_every == 0 or stopping:
             speed = recipe["batch"] * (step - logged) / (began - clock)
-            stats, mfu = mean_over_processes(run, stats), utilisation(run, alpha, speed)
+            stats, mfu = mean_over_processes(stats), utilisation(run, alpha, speed)
             logged, clock = step, began
             bar.set_postfix(alpha=f"{alpha:.3g}", err=f"{stats['err']:.3g}", img_s=f"{speed:.4g}",
                             **({"mfu": f"{mfu:.0%}"} if mfu else {}))
             if write:
                 write(step=step, **stats, alpha=alpha, lr=lr_at(recipe, step), grad_norm=norm.item(),
                       images_per_s=speed, mfu=mfu, memory_mb=memory_mb(run.device))
-        if write and (stopping or time.monotonic() - saved > 60 * args.save_every):
-            save(run, done)                             # before the pictures: nothing may cost a save
+        if write and (stopping or measuring or time.monotonic() - saved > 60 * args.save_every):
+            save(run, done)                             # before what takes long or can fail
             saved = time.monotonic()
         with torch.compiler.set_stance("force_eager"):              # pictures would need other programs
-            report(run, step, alpha, write, evaluate, bar)
+            report(run, step, alpha, write, evaluate if measuring else None, bar)
         clock += time.perf_counter() - began            # images_per_s is about training alone
         if stopping:
             return done
@@ -641,7 +649,7 @@ def report(run, step, alpha, write, evaluate, bar):
             curve(run)
         except (OSError, ValueError, RuntimeError) as error:        # a picture is not worth the run
             bar.write(f"no pictures after step {step}: {error}", file=sys.stderr)
-    if evaluate and (done % args.eval_every == 0 or done == steps):
+    if evaluate:
         values = evaluate()
         if write:
             write(step=step, **values)
@@ -666,7 +674,7 @@ def introduce(run):
 
 
 def write_recipe(run):
-    """recipe.json into the folder of the run, from which --overwrite takes what would seem to be new."""
+    """Write recipe.json into the folder of the run; with --overwrite, delete the old run's files."""
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / "recipe.json").write_text(json.dumps(run.recipe, indent=1) + "\n")
     for old in (run.out / "ckpt.pt", *run.out.glob("samples_*.png")):
@@ -680,8 +688,6 @@ def main():
     if args.eval_every and not run.decode:
         raise ValueError("--eval-every on latents needs a GPU")
     introduce(run)
-    if run.rank == 0:
-        write_recipe(run)
     cuda = run.device.type == "cuda"
     data.meet("nccl" if cuda else "gloo", minutes=60)
     if len(set(of_all_processes(run, run.start))) > 1:
@@ -696,6 +702,8 @@ def main():
         compile_blocks(run)
     run.ddp_model = run.model if run.world == 1 else DistributedDataParallel(
         run.model, device_ids=[run.device] if cuda else None, gradient_as_bucket_view=True)  # no second copy
+    if run.rank == 0:
+        write_recipe(run)                               # what could be wrong with the command has been seen
     done, ckpt = train(run, evaluate), run.out / "ckpt.pt"
     if done < run.recipe["steps"]:
         run.say(f"stopped after step {done}, saved; the same command with --resume goes on")

@@ -405,18 +405,6 @@ def test_a_tree_becomes_a_data_set_without_its_damaged_files(src, whole, tmp_pat
     assert same_files(tmp_path / "out", whole["pixels"]) and sorted(os.listdir(tmp_path / "out")) == FILES
 
 
-def test_one_folder_is_one_class_and_foreign_files_in_out_stay(src, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    thesis = Path("data/cats/download/thesis.txt")
-    thesis.parent.mkdir(parents=True)
-    thesis.write_text("years of work")
-    data.prepare(src / "a" / "deeper", Path("data/cats"), 8)
-    for name in ("cats", "data/cats", tmp_path / "data" / "cats"):
-        ds = data.load(name)
-        assert ds.name == "cats" and ds.about["names"] == ["all"] and len(ds) == 6
-    assert thesis.exists()
-
-
 def test_a_finished_set_is_reported_and_another_one_refused(src, vae, whole, monkeypatch, capsys):
     monkeypatch.setattr(data, "find_vae", None)         # nor is a VAE asked for
     out = whole["latents"]
@@ -473,14 +461,6 @@ def test_two_processes_go_on_after_a_kill_and_make_the_same_bytes(src, vae, whol
     ended = drive(tmp_path, args, world=2)
     assert ended.returncode == 0 and ended.stdout.count("wrote") == 1, ended.stderr
     assert same_files(tmp_path / "out", whole["latents"])
-
-
-def test_other_settings_do_not_mix_with_an_unfinished_run(src, whole, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "publish", Mock(side_effect=KeyboardInterrupt))         # all chunks are there
-        data.prepare(src, tmp_path / "out", 16)
-    command(*arguments(src, tmp_path / "out"))
-    assert same_files(tmp_path / "out", whole["pixels"])
 
 
 def test_moments_are_those_of_the_vae_and_statistics_those_of_numpy(src, vae, whole):

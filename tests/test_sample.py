@@ -233,7 +233,7 @@ def test_a_trajectory_goes_from_the_noise_to_the_picture(ckpt, tmp_path):
 
 @pytest.mark.parametrize("flags, name, labels", [
     ([], "grid_ode_nfe2_ema.png", list(range(10))),                             # beside the checkpoint
-    (["--classes", "3,1,4", "--raw"], "grid_ode_nfe2_raw.png", [3, 1, 4])])     # rows in the order typed
+    (["--labels", "3,1,4", "--raw"], "grid_ode_nfe2_raw.png", [3, 1, 4])])     # rows in the order typed
 def test_the_grid_has_a_row_of_ten_for_each_class(flags, name, labels, ckpt, command):
     status, out, err = command("--ckpt", ckpt, "--nfe", 2, *flags)
     n, weights = len(labels), name[-7:-4]
@@ -245,7 +245,7 @@ def test_the_grid_has_a_row_of_ten_for_each_class(flags, name, labels, ckpt, com
     assert np.abs(shown - drawn.view(10, n, 8, 8).transpose(0, 1).numpy()).max() <= 1
 
 
-MANY = ["--device", "cpu", "--samples", "22", "--batch", "4", "--classes", "random", "--seed", "3",
+MANY = ["--device", "cpu", "--samples", "22", "--batch", "4", "--labels", "random", "--seed", "3",
         "--grid", "1,0.55,0", "--sampler", "consistency"]
 
 
@@ -313,8 +313,8 @@ def test_killed_and_typed_again_it_goes_on(where, first, ckpt, whole, command, t
     ("--ckpt cut.pt", "cut.pt"), ("CKPT --nfe 0", "--nfe 0"), ("CKPT --nfe -3", "--nfe -3"),
     ("CKPT --nfe many", "invalid int"), ("CKPT --grid 1,1,0", "falling"), ("CKPT --grid 1,x,0", "x"),
     ("CKPT --grid 0.8,0", "starts at 0.8"), ("CKPT --nfe 1 --grid 1,0", "not both"),
-    ("CKPT --sampler euler", "invalid choice"), ("CKPT --classes 10", "0 to 9"),
-    ("CKPT --classes 1,cat", "random, balanced, data"), ("CKPT --classes=", "random, balanced, data"),
+    ("CKPT --sampler euler", "invalid choice"), ("CKPT --labels 10", "0 to 9"),
+    ("CKPT --labels 1,cat", "random, balanced, data"), ("CKPT --labels=", "random, balanced, data"),
     ("CKPT --samples 0", "--samples 0"), ("CKPT --batch 0", "--batch"), ("CKPT --seed -1", "seeds"),
     ("CKPT --device banana", "banana"), ("CKPT --devise cpu", "unrecognized"), ("CKPT --grid=", "grid|float"),
     ("CKPT --out a.jpg", "a.jpg"), ("CKPT --out cut.pt/a.png", "cut.pt"), ("CKPT --out many/", "many")])

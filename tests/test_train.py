@@ -594,7 +594,7 @@ WRONG = """         the last line: what would do nothing
 --alpha 2 | --alpha nan | --alpha-schedule sigmod | --alpha-schedule exponential
 --alpha-window 0.5 | --alpha-window 0.9,0.1 | --precision fp16 | --device toaster | --out cut.pt/below
 --init-from cut.pt | --eval-every 1 --eval-samples 1 | --out run | --resume --out run --model Ti/2
---alpha 0.5 --alpha-schedule sigmoid | --alpha 0.5 --alpha-start 0.7 | --alpha 0.5 --alpha-window 0,1
+--model meanflow-B/2 --data digits --alpha-schedule sigmoid | --alpha 0.5 --alpha-schedule sigmoid | --alpha 0.5 --alpha-start 0.7 | --alpha 0.5 --alpha-window 0,1
 """
 
 
