@@ -292,7 +292,7 @@ def picture(rows, path):
         ends = [spread([d[0] for d in runs(rows, which, s).values()]) for _, s in pairs]
         top = max([1e-9, *(mean + sd for mean, sd in ends if math.isfinite(mean))])
         pen.line([(left, 80), (left, 600), (left + 660, 600)], "black", 3)
-        pen.text((left, 20), f"{which}: distance at 1 NFE, from 0 to {top:.2g}", "black", font)
+        pen.text((left, 20), f"{which}: distance at 1 NFE, equal steps, 0 to {top:.2g}", "black", font)
         pen.text((left + 330, 680), "share of rows with r = t", "black", font, "mm")
         for i, name, colour in ((0, "MeanFlow", "#c03020"), (1, "alpha-Flow (0, 1)", "#2050a0")):
             spots = [(left + 60 + 180 * k + 12 * i, 600 - 520 * mean / top, 520 * sd / top)
