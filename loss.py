@@ -228,7 +228,7 @@ def statistics(u, v, target, err, parts, alpha, jump, clip):
       err                  mean squared error, = L_TFM + L_TC + a constant
       err_fm, err_jump     the parts of it from rows with r = t and r < t; they add up to it
       loss_fm, loss_jump   the same of the loss
-      L_TFM, L_TC          trajectory flow matching |u - v|², consistency 2·(v - u_target)·u (α-Flow eq. 7)
+      L_TFM, L_TC          trajectory flow matching |u - v|², consistency 2·(v - u_target)·u (eq. 7)
       clipped              share of the target's entries at the clip
       tangent              mean |Δ·du/dt|: exact at α = 0, a finite difference along αΔ above (too small
                            where the target was clipped), 0 at α = 1

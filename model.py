@@ -75,7 +75,7 @@ def build(name, size, channels, classes):
 class Linear(nn.Linear):
     """nn.Linear with a cheaper rule for du/dt, in which the weights stand still.
 
-    PyTorch's rule, ẋWᵀ + xẆᵀ, multiplies by Ẇ even when that is all zeros: three forward passes, not two.
+    PyTorch's rule, ẋWᵀ + xẆᵀ, multiplies by Ẇ even when it is all zeros: 3 forward passes, not 2.
     """
 
     def forward(self, x):

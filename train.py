@@ -185,8 +185,8 @@ def resolve(args, saved=None):
         raise ValueError(f"unknown recipe {model!r}: give one of {', '.join(RECIPES)}, or SIZE/PATCH")
     if saved and model != saved["model"]:
         raise ValueError(f"--resume continues a {saved['model']}, not a {model}; see --init-from")
-    given = {k: v for k, v in vars(args).items() if k in PAPER and v is not None}  # what was typed
-    recipe = {"model": model, **PAPER, **(saved or own), **given}  # the last one wins
+    given = {k: v for k, v in vars(args).items() if k in PAPER and v is not None}       # what was typed
+    recipe = {"model": model, **PAPER, **(saved or own), **given}       # the last one wins
     if args.alpha is not None:
         if moving := [k for k in given if k.startswith("alpha_")]:
             raise ValueError(f"--alpha is a constant, so {flag(moving[0])} would do nothing")
@@ -210,7 +210,7 @@ def check(recipe):
         wrong.append("alpha_start")                     # of a MeanFlow recipe: α would not move
     if wrong:
         raise ValueError(f"{flag(wrong[0])} cannot be {recipe[wrong[0]]}: see --help")
-    alpha_of(recipe, 0)                             # raises if the schedule makes no sense
+    alpha_of(recipe, 0)                                 # raises if the schedule makes no sense
     sample_times(1, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"])
 
 
@@ -285,8 +285,8 @@ def assemble(args, rank, world, device):
     if args.init_from and not ckpt:
         init_from(model, args.init_from, say)
     model.to(device)
-    model.recompute = args.recompute                # see DiT.forward
-    ema = copy.deepcopy(model).requires_grad_(False)  # the averaged weights
+    model.recompute = args.recompute
+    ema = copy.deepcopy(model).requires_grad_(False)           # the averaged weights
     betas = recipe["beta1"], recipe["beta2"]
     optimizer = torch.optim.Adam(model.parameters(), recipe["lr"], betas, fused=True)
     if ckpt:
@@ -484,7 +484,7 @@ def conflict(run, alpha):
 # ---- compiled blocks -------------------------------------------------------------------------------
 
 def eager_du_dt(net, z, t, r, v, y):
-    """du/dt goes around the compiled blocks: in forward mode each would be compiled once more."""
+    """du/dt without the compiler, which would compile each block once more for forward mode."""
     with torch.compiler.set_stance("force_eager"):
         return du_dt(net, z, t, r, v, y)
 
@@ -492,8 +492,8 @@ def eager_du_dt(net, z, t, r, v, y):
 def compile_blocks(run):
     """Compile each block, and call the objective at every kind of α, so that no program is made later.
 
-    The first time that it sees another number of rows, the compiler makes a second program, for any number.
-    If it fails on one process, all go on without it.
+    The compiler fits its first program to one number of rows. When it meets another number, it makes a
+    program for all numbers: so it meets one here. If it fails on one process, all go on without it.
     """
     run.say("compiling the blocks, which can take some minutes (--no-compile does without)")
     torch._dynamo.config.optimize_ddp = False           # which would cut the blocks once more
@@ -563,7 +563,7 @@ def backward(run, loader, step, alpha):
     numbers, total = random_numbers(run.recipe, step, run.dataset, run.device), {}
     for m in range(run.args.accumulate):
         (x, y), mine = next(loader), {k: v[own_rows(run, m)] for k, v in numbers.items()}
-        x = x.to(run.device, non_blocking=True)     # from pinned memory
+        x = x.to(run.device, non_blocking=True)
         x = run.dataset.sample(x, mine.pop("posterior", None))                      # (b, C, H, W)
         last = m == run.args.accumulate - 1 or run.world == 1
         with contextlib.nullcontext() if last else run.ddp_model.no_sync():         # DDP averages once
@@ -585,23 +585,23 @@ def train(run, evaluate=None):
     """The loop. Step k is a function of the state after step k-1 and of (seed, k): to resume is to go on."""
     args, recipe, steps = run.args, run.recipe, run.recipe["steps"]
     write, loader, stop = run.rank == 0 and open_log(run), data.prefetch(micro_batches(run)), catch_signals()
-    parameters, averages = list(run.model.parameters()), list(run.ema.parameters())  # in one order
-    clock, logged, saved = time.perf_counter(), run.start - 1, time.monotonic()  # of reports and saves
+    parameters, averages = list(run.model.parameters()), list(run.ema.parameters())
+    clock, logged, saved = time.perf_counter(), run.start - 1, time.monotonic()
     bar = tqdm(range(run.start, steps), initial=run.start, total=steps, disable=True if run.rank else None)
     for step in bar:
         alpha = alpha_of(recipe, step)
-        stats = backward(run, loader, step, alpha)  # targets, loss, gradients
+        stats = backward(run, loader, step, alpha)      # targets, loss, gradients
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not math.isfinite(norm + stats["loss"]):     # here the host waits for the device
             raise ValueError(f"loss or gradient of step {step} is not finite (alpha {alpha:g}): the last "
                              "checkpoint stays, go on from it with --resume and a smaller --lr")
         if norm > recipe["grad_clip"]:
             torch.nn.utils.clip_grads_with_norm_(parameters, recipe["grad_clip"], norm)
-        run.optimizer.param_groups[0]["lr"] = lr_at(recipe, step)  # warm-up and decay
-        run.optimizer.step()                        # Adam
+        run.optimizer.param_groups[0]["lr"] = lr_at(recipe, step)      # warm-up and decay
+        run.optimizer.step()                            # Adam
         run.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(averages, parameters, 1 - ema_decay(recipe, step))  # the EMA
+            torch._foreach_lerp_(averages, parameters, 1 - ema_decay(recipe, step))        # the EMA
 
         done = step + 1
         # All must stop at the same step, and to ask the others costs time.

@@ -9,12 +9,13 @@ in the file, `python train.py --data mnist ...`; fid.py's distance on pixels, 1,
 averaged weights, the same noise. Warm-up and averaging are train.py's; the rate is constant, as in the paper:
 where it falls at the end, a curriculum that ends late has no rate left for α = 0.
 
-Budgets: under-trained, as the paper's are; chosen on MeanFlow alone, share ½, so that ×3 steps gain more than
-a fifth at 1 NFE, twice: toy 0.186, 0.111, 0.070 (learning rate 1e-2, mean of seeds 100 to 103), mnist 100,
-63, 44 (1e-3, seed 100). Fairness: each method has the rate of RATES that is best for it at the middle budget
-and 1 NFE on PILOT_SEEDS, which the study does not use; α-Flow's, found with the window (0, ½), holds for all
-curricula. Cost is in forwards of a batch, not seconds. MeanFlow at equal FLOPs: each seed's own distances at
-three budgets, joined by lines in log-log (the first prolonged to the left); for shares, runs of fewer steps.
+Budgets: under-trained, as the paper's are; chosen on MeanFlow alone, share ½, so that ×3 steps gain more
+than a fifth at 1 NFE, twice: toy 0.186, 0.111, 0.070 (learning rate 1e-2, mean of seeds 100 to 103), mnist
+100, 63, 44 (1e-3, seed 100). Fairness: each method has the rate of RATES that is best for it at the middle
+budget and 1 NFE on PILOT_SEEDS, which the study does not use; α-Flow's, found with window (0, ½), holds
+for all curricula. Cost is in forwards of a batch, not seconds. MeanFlow at equal FLOPs: each seed's own
+distances at three budgets, joined by lines in log-log (the first prolonged to the left); for shares, runs
+of fewer steps.
 """
 import copy
 import functools

@@ -163,7 +163,7 @@ def test_an_extractor_reads_them_from_a_file_and_works_in_float32(tmp_path, name
 
 def test_the_full_sizes_have_the_published_names_and_shapes():
     # On the meta device a tensor is a shape without numbers, so that ViT-L costs no 1.2 GB.
-    for kind, parameters, heads in (("inception", None, None), ("dinov2 L/14", 304_318_464, 16),       # without LayerScale
+    for kind, parameters, heads in (("inception", None, None), ("dinov2 L/14", 304_318_464, 16),
                                     ("clip B/32", None, 12), ("vae full", 83_653_863, None)):
         state = {k: torch.empty(shape, device="meta") for k, shape in SHAPES[kind].items()}
         net = data.build_vae(state) if kind == "vae full" else fid.build_network(kind.split()[0], state)
