@@ -1,33 +1,32 @@
 """Pictures in, tensors out; and what all scripts share: seeds, rounding, safe files, errors in one line.
 
-    python train.py                                                   # digits: nothing to prepare
     python data.py mnist                                              # 10 MB to download; or --from DIR
     python data.py cifar10                                            # 170 MB
     python data.py folder --src DIR --size 64 --out data/flowers      # your own .png .jpg .jpeg .webp
     python data.py folder --src DIR --size 256 --latents --out data/mine         # as SD-VAE latents
     torchrun --nproc_per_node=8 data.py imagenet --src DIR            # latents, writes data/imagenet256
 
-Each command prepares a data set once. Interrupted, folder and imagenet go on when they are typed again, on
-any number of processes, and make the same bytes. The rest of the program sees this:
+Each command prepares a data set once; killed and typed again, folder and imagenet go on. All else sees:
 
     dataset = load("mnist")                     # or "digits", or the path of any prepared folder
     x, y = dataset.batch(step, batch_size=256)  # pictures (B, C, H, W) float32 in [-1, 1], y (B,) int64
     x = dataset.sample(x, noise)                # x itself; of latents one sample of their distribution
 """
 import argparse
-import collections
 import contextlib
 import datetime
+import functools
 import gzip
 import hashlib
 import json
-import operator
 import os
+import re
 import shutil
 import sys
 import tarfile
 import time
 import urllib.request
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,20 +50,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
-        raise ValueError(" ".join(message.split()))
+        raise ValueError(message)
 
 
 def run(main):
-    """Call main(). ValueError and OSError, what a user can mend, become one line and exit status 2.
-
-    DEBUG=1 in the environment shows where they come from.
-    """
+    """Call main(). ValueError and OSError, what a user can mend, become one line and exit status 2."""
     try:
         main()
         if dist.is_initialized():                       # its threads can abort a process that just ends
             dist.destroy_process_group()
     except (ValueError, OSError) as error:
-        if os.environ.get("DEBUG"):
+        if os.environ.get("DEBUG"):                     # shows where it comes from
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)           # what is wrong for all, the first one says, and its end ends the others
@@ -89,10 +85,10 @@ def place(device=None):
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device(name)
 
 
-def meet(backend="gloo", **timeout):
-    """Connect the processes of torchrun; nothing to do for one alone. timeout: as of timedelta."""
+def meet(backend="gloo", minutes=30 * 24 * 60):
+    """Connect the processes of torchrun; nothing to do for one alone. minutes: to wait for others."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group(backend, timeout=datetime.timedelta(**timeout or {"days": 30}))
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
 
 
 def wait_for_all():
@@ -105,7 +101,6 @@ def seeds(*key):
     """A numpy SeedSequence of the integers in `key`, 0 .. 2**64 - 1, else ValueError."""
     # SeedSequence alone pads with zeros and cuts big integers into 32-bit words: (1, 2) and (1, 2, 0)
     # would be one seed. The length in front and 64 bits for each integer keep different keys different.
-    key = [operator.index(k) for k in key]
     if not all(0 <= k < 2**64 for k in key):
         raise ValueError(f"seeds are integers from 0 to 2**64 - 1, not {key}")
     return np.random.SeedSequence(np.array([len(key), *key], dtype=np.uint64).view(np.uint32))
@@ -117,19 +112,16 @@ def generator(*key, device="cpu"):
 
 
 def to_uint8(x):
-    """Pictures in [-1, 1], any shape -> uint8, same shape. The one rounding rule of this project.
-
-    Values outside are clamped, infinities too; NaN becomes 0.
-    """
-    # Rounded, not truncated: 2u/255 - 1 is inexact, and rounding returns to the same u where truncation
-    # loses a level now and then. Truncation also darkens every picture by half a level, which a Fréchet
-    # distance sees. bfloat16 carries 8 bits, so the arithmetic is float32 at least.
+    """Pictures in [-1, 1] -> uint8, same shape; clamped, infinities too, and NaN becomes 0."""
+    # The one rounding rule of this project: 2u/255 - 1 is inexact, and rounding returns to the same u where
+    # truncation loses a level now and then. Truncation also darkens every picture by half a level, which a
+    # Fréchet distance sees. bfloat16 carries 8 bits, so the arithmetic is float32 at least.
     x = x if x.dtype == torch.float64 else x.float()
     return ((x.nan_to_num(nan=-1.0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 @contextlib.contextmanager
-def replacing(path, sync=True):
+def replacing(path):
     """A file to write; it gets the name `path` when the block ends well. Until then an old one stays."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")     # a process each
@@ -137,8 +129,7 @@ def replacing(path, sync=True):
         with open(part, "wb") as file:
             yield file
             file.flush()
-            if sync:                                    # or a power cut may keep the name and lose the bytes
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())                     # or a power cut may keep the name and lose the bytes
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -148,7 +139,7 @@ def prefetch(iterable, depth=4):
     """Yield the items of `iterable` in order, while a thread works up to `depth` items ahead."""
     items, end = iter(iterable), object()
     with ThreadPoolExecutor(1) as pool:
-        ahead = collections.deque(pool.submit(next, items, end) for _ in range(depth))
+        ahead = deque(pool.submit(next, items, end) for _ in range(depth))
         while (item := ahead.popleft().result()) is not end:
             ahead.append(pool.submit(next, items, end))
             yield item
@@ -174,17 +165,15 @@ class Filling:
 
     def todo(self):
         """The rows, as ranges, of this process's chunks that are not there yet."""
-        chunks = enumerate(self.done.read_bytes())
-        return [range(k * self.chunk, min(self.count, (k + 1) * self.chunk))
-                for k, done in chunks if not done and k % self.world == self.rank]
+        return [range(self.count)[k * self.chunk:(k + 1) * self.chunk]
+                for k, done in enumerate(self.done.read_bytes()) if not done and k % self.world == self.rank]
 
     def write(self, rows, **arrays):
         """Store what the arrays hold in the chunk `rows`; only then does the chunk count as there."""
         for name, array in arrays.items():
-            path = self.folder / f"{name}.npy"
-            whole = np.load(path, mmap_mode="r")        # not to write: a full disk would kill the process
+            whole = np.load(self.folder / f"{name}.npy", mmap_mode="r")     # not to write: a full disk kills
             numbers = np.ascontiguousarray(array, whole.dtype)
-            write_at(path, whole.offset + rows.start * whole.strides[0], numbers)
+            write_at(whole.filename, whole.offset + rows.start * whole.strides[0], numbers)
         write_at(self.done, rows.start // self.chunk, b"\1")
 
 
@@ -204,8 +193,8 @@ class Dataset:
     """Labelled pictures, and which of them belong to which step.
 
     images: uint8 (M, C, H, W), memory-mapped if prepared. labels: int64 (M,), -1 where a file could not be
-    read; N are left. about: name, shape of a picture, classes, names of the
-    classes, range (lo, hi) of the stored integers, source. ValueError if they do not agree.
+    read; N are left. about: name, shape of a picture, classes, names of the classes, range (lo, hi) of the
+    stored integers, source. ValueError if they do not agree.
     """
     stored, dtype = 1, np.uint8                         # stored channels for each one of `shape`
 
@@ -217,7 +206,6 @@ class Dataset:
         whole = (len(labels), self.stored * self.shape[0], *self.shape[1:])
         if images.shape != whole or images.dtype != self.dtype or self.labels.max() >= self.classes:
             raise ValueError("pictures, labels and meta.json do not fit together")
-        self.order = (None, None)                       # of which epoch, and its permutation
 
     def __len__(self):
         return len(self.labels)
@@ -247,7 +235,10 @@ class Dataset:
         """
         if batch_size < 1 or batch_size % world:
             raise ValueError(f"a batch of {batch_size} cannot be divided over {world} processes")
-        rows = self.rows(step, batch_size)[rank::world]                           # (b,)
+        passes = -(-batch_size // len(self))            # permutations joined: 2 or more if batch_size > N
+        epoch, k = divmod(step, passes * len(self) // batch_size)
+        order = permutations(self.seed, range(epoch * passes, (epoch + 1) * passes), len(self))
+        rows = order[k * batch_size:(k + 1) * batch_size][rank::world]            # (b,)
         x, y = self.read(rows), torch.from_numpy(self.labels[rows])
         if self.flip:                                   # one coin a row of the global batch
             coins = np.random.default_rng(seeds(1, self.seed, step)).random(batch_size) < 0.5
@@ -255,43 +246,31 @@ class Dataset:
             x[mine] = x[mine].flip(-1)
         return x, y
 
-    def rows(self, step, batch_size):
-        """-> the picture numbers (batch_size,) of the global batch."""
-        passes = -(-batch_size // len(self))            # permutations joined: 2 or more if batch_size > N
-        epoch, k = divmod(step, passes * len(self) // batch_size)
-        key, order = self.order                         # taken and set at once: threads may ask, too
-        if key != (epoch, passes):
-            epochs = range(epoch * passes, (epoch + 1) * passes)
-            order = np.concatenate([np.random.default_rng(seeds(0, self.seed, e)).permutation(len(self))
-                                    for e in epochs])
-            self.order = ((epoch, passes), order)
-        return order[k * batch_size:(k + 1) * batch_size]
+
+@functools.lru_cache(2)
+def permutations(seed, epochs, count):
+    """Of each of the `epochs`, a range, the numbers 0 .. count - 1 in random order, one after the other."""
+    return np.concatenate([np.random.default_rng(seeds(0, seed, e)).permutation(count) for e in epochs])
 
 
 class Latents(Dataset):
     """Pictures as a VAE sees them: of each a normal distribution over tensors (4, h, w).
 
     images: their moments, float16 (M, 8, h, w), means and log-variances. about has also vae, which one,
-    and stats, (2, 4, h, w): mean and variance over the set at each position.
+    and stats, (2, 4, h, w), taken out of it: mean and variance over the set at each position.
     """
     stored, dtype = 2, np.float16
 
-    def __init__(self, images, labels, about, seed=0, flip=False):
-        about = dict(about)
-        self.mean, var = (torch.tensor(a, dtype=torch.float64) for a in about.pop("stats"))
-        self.mean, self.std = self.mean.float(), var.sqrt().float()               # (4, h, w)
-        super().__init__(images, labels, about, seed, flip)
-        if self.mean.shape != self.shape or not (self.std > 0).all():
-            raise ValueError("its statistics do not fit the latents")
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        mean, var = torch.tensor(self.about.pop("stats"), dtype=torch.float64)    # each (4, h, w)
+        self.mean, self.std = mean.float(), var.sqrt().float()
 
     def read(self, rows):
         return torch.from_numpy(self.images[self.good[rows]])                     # (b, 8, h, w)
 
     def sample(self, x, noise=None):
-        """Moments x (b, 8, h, w), noise (b, 4, h, w) of N(0, 1) -> normalised latents (b, 4, h, w).
-
-        float32, on the device of x. Fresh noise each time: a picture is a cloud of latents, not a point.
-        """
+        """Moments x (b, 8, h, w), fresh noise of N(0, 1) -> normalised latents, both (b, 4, h, w) float32."""
         self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
         mean, logvar = x.float().chunk(2, dim=1)
         return (mean + (logvar / 2).exp() * noise - self.mean) / self.std
@@ -319,7 +298,7 @@ def load(name_or_folder, seed=0, flip=False):
         about = json.loads((folder / "meta.json").read_text()) | {"name": folder.resolve().name}
         images, labels = np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy")
         return (Latents if "vae" in about else Dataset)(images, labels, about, seed, flip)
-    except (OSError, ValueError, EOFError, TypeError, KeyError) as error:
+    except Exception as error:                          # damage can raise nearly anything
         raise ValueError(f"{folder} is damaged ({error}): delete it and prepare it again") from None
 
 
@@ -327,18 +306,13 @@ def load(name_or_folder, seed=0, flip=False):
 
 
 def cache_folder():
-    """Where downloaded networks are kept: $ALPHAFLOW_CACHE, else alphaflow/ in the user's cache."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("ALPHAFLOW_CACHE") or user / "alphaflow")
+    """Where downloaded networks are kept: $ALPHAFLOW_CACHE, else ~/.cache/alphaflow."""
+    return Path(os.environ.get("ALPHAFLOW_CACHE") or Path.home() / ".cache" / "alphaflow")
 
 
 def checksum_of(path, kind="sha256"):
     """The checksum of the file at `path` in hex. kind: "sha256" or "md5"."""
-    digest = hashlib.new(kind)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.new(kind, Path(path).read_bytes()).hexdigest()
 
 
 def fetch(filename, checksum, urls, folder):
@@ -356,11 +330,8 @@ def fetch(filename, checksum, urls, folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with urllib.request.urlopen(url, timeout=30) as reply, replacing(path) as file, \
-                    tqdm(desc=filename, total=int(reply.headers.get("Content-Length") or 0) or None,
-                         unit="B", unit_scale=True, disable=None) as bar:
-                while block := reply.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
+                    tqdm.wrapattr(reply, "read", reply.length, desc=filename, disable=None) as counted:
+                shutil.copyfileobj(counted, file, 1 << 20)
                 file.flush()
                 if checksum_of(file.name, kind) != checksum:        # in here: the file must not get its name
                     raise OSError("wrong checksum, or the connection broke")
@@ -388,15 +359,14 @@ def mnist(out, source=None):
         else:                                           # plain, or as the archive that is published
             path = source / (name if (source / name).is_file() else name + ".gz")
         raw = path.read_bytes()
-        with contextlib.suppress(Exception):            # damaged archives raise nearly anything
-            raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        with contextlib.suppress(Exception):            # plain bytes and damaged archives stay as they are
+            raw = gzip.decompress(raw)
         if hashlib.md5(raw).hexdigest() != inside:
             raise ValueError(f"{path} is not the published file (its md5 differs): get it again")
-        # idx: two zeros, type, number of dimensions; each dimension as big-endian int32; then the bytes
-        shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
-        arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape))
-    images = np.pad(arrays[0], ((0, 0), (2, 2), (2, 2)))[:, None]                 # (60000, 1, 32, 32)
-    publish(out, arrays[1], list("0123456789"), images, key="mnist",
+        arrays.append(np.frombuffer(raw, np.uint8))
+    digits, labels = arrays[0][16:].reshape(-1, 28, 28), arrays[1][8:]            # without their headers
+    images = np.pad(digits, ((0, 0), (2, 2), (2, 2)))[:, None]                    # (60000, 1, 32, 32)
+    publish(out, labels, list("0123456789"), images, key="mnist",
             source="MNIST, training part (LeCun, Cortes, Burges), CC BY-SA 3.0")
 
 
@@ -423,36 +393,31 @@ def listing(src):
     A class is a first-level folder, however deep its pictures lie; without folders there is one, "all".
     ValueError: `src` is no folder, holds no picture, or has pictures beside class folders.
     """
-    found = sorted(Path(root) / name for root, _, names in os.walk(src, followlinks=True)
-                   for name in names)
-    inside = [path.relative_to(src) for path in found if path.suffix.lower() in PICTURES]
+    found = (Path(root, name) for root, _, names in os.walk(src, followlinks=True) for name in names)
+    inside = sorted(path.relative_to(src) for path in found if path.suffix.lower() in PICTURES)
     inside = [path for path in inside if not any(part.startswith(".") for part in path.parts)]
     if not inside:
         raise ValueError(f"{src} is no folder or holds no picture: looked for {' '.join(PICTURES)}")
     classes = [path.parts[0] if len(path.parts) > 1 else "all" for path in inside]
-    loose = [path for path in inside if len(path.parts) == 1]
-    if loose and len(loose) < len(inside):
-        raise ValueError(f"{src} has pictures beside its class folders ({loose[0]}): move them into one")
+    if len({len(path.parts) == 1 for path in inside}) == 2:        # some lie in folders and some do not
+        raise ValueError(f"{src} has pictures beside its class folders: move them into one")
     names, labels = np.unique(classes, return_inverse=True)
     return [src / path for path in inside], labels.tolist(), names.tolist()
 
 
 def picture(path, size=None):
-    """One file as uint8 (3, size, size): upright, RGB, centre square, Lanczos. Raises if unreadable.
-
-    Without a size nothing is cropped or resized: (3, H, W).
-    """
+    """A file as uint8 (3, size, size), upright, RGB, centre square; no size: (3, H, W). Raises if damaged."""
     with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
         im = ImageOps.exif_transpose(file)              # phones store a turned picture and a note about it
     if im.mode.startswith("I"):                         # 16-bit grey: Pillow's convert would clip at 255
-        grey = np.asarray(im).astype(np.int64)
-        im = Image.fromarray(((grey * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
+        im = Image.fromarray((np.asarray(im) / 257).round().clip(0, 255).astype(np.uint8))
     if im.mode.endswith("A") or "transparency" in im.info:
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     im = im.convert("RGB")                              # grey, palette, CMYK
     if size is not None:
-        side, left, top = min(im.size), (im.width - min(im.size)) // 2, (im.height - min(im.size)) // 2
+        side = min(im.size)
+        left, top = (im.width - side) // 2, (im.height - side) // 2
         im = im.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(im).transpose(2, 0, 1)
 
@@ -462,7 +427,7 @@ def attempt(path, size):
     try:
         return picture(path, size)
     except Exception as error:                          # decoders raise nearly anything on damaged files
-        return " ".join(f"{type(error).__name__}: {error}".split())
+        return f"{type(error).__name__}: {error}"
 
 
 def prepare(src, out, size, vae=None, device=None):
@@ -505,8 +470,7 @@ def prepare(src, out, size, vae=None, device=None):
 def fill_with_pictures(filling, files, labels, size, vae, device):
     """Read, encode and write the chunks that this process has to do; threads read ahead."""
     todo = filling.todo()
-    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with ThreadPoolExecutor(threads) as pool, tqdm(
+    with ThreadPoolExecutor() as pool, tqdm(
             total=sum(map(len, todo)), unit="img", disable=True if filling.rank else None) as bar:
         read = (list(pool.map(lambda k: attempt(files[k], size), rows)) for rows in todo)
         for rows, pictures in zip(todo, prefetch(read, 2)):
@@ -521,16 +485,13 @@ def fill_with_pictures(filling, files, labels, size, vae, device):
 
 
 def statistics(moments, good):
-    """Moments (N, 8, h, w) -> float64 (2, 4, h, w), mean and variance of posterior samples of `good` rows.
-
-    By the law of total variance that is the variance of the means plus the mean of the variances.
-    """
-    total = 0.0
+    """Moments (N, 8, h, w) -> float64 (2, 4, h, w), mean and variance of posterior samples of `good` rows."""
+    total = 0.0                                         # of a sample and of its square
     for rows in np.split(good, range(CHUNK, len(good), CHUNK)):
         mean, logvar = np.split(moments[rows].astype(np.float64), 2, axis=1)
-        total = total + np.stack([mean.sum(0), (mean**2).sum(0), np.exp(logvar).sum(0)])
-    mean, square, inner = total / len(good)                                       # each (4, h, w)
-    return np.stack([mean, square - mean**2 + inner])
+        total += np.stack([mean.sum(0), (mean**2 + np.exp(logvar)).sum(0)])
+    mean, square = total / len(good)                                              # each (4, h, w)
+    return np.stack([mean, square - mean**2])
 
 
 def finished(out, key):
@@ -555,8 +516,6 @@ def publish(out, labels, names, images=None, **about):
     with replacing(out / "meta.json") as file:
         meta = dict(shape=shape, classes=len(names), names=names, range=[0, 255], **about)
         file.write(json.dumps(meta).encode())
-    if images is not None:                              # and was downloaded, perhaps
-        shutil.rmtree(out / "download", ignore_errors=True)
     print(f"wrote {out}: {sum(y >= 0 for y in labels):,} {'latents' if 'vae' in about else 'pictures'} of "
           f"{'x'.join(map(str, shape))} in {len(names)} classes; next: python train.py --data {out}")
 
@@ -568,16 +527,15 @@ VAE_WEIGHTS = (         # file, its sha256, where it is published
     ["https://huggingface.co/stabilityai/sd-vae-ft-ema/resolve/"
      f"{revision}/diffusion_pytorch_model.safetensors"
      for revision in ("f04b2c4b98319346dad8c65879f680b1997b204a", "main")])
-EPS = 1e-6                                              # of its norms, not PyTorch's 1e-5
 
 
 class Resnet(nn.Module):
     """x + what two convolutions, each after norm and SiLU, make of it: (n, a, h, w) -> (n, b, h, w)."""
 
-    def __init__(self, a, b, groups):
+    def __init__(self, a, b, norm):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, a, EPS), nn.Conv2d(a, b, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, b, EPS), nn.Conv2d(b, b, 3, padding=1)
+        self.norm1, self.conv1 = norm(a), nn.Conv2d(a, b, 3, padding=1)
+        self.norm2, self.conv2 = norm(b), nn.Conv2d(b, b, 3, padding=1)
         self.conv_shortcut = nn.Identity() if a == b else nn.Conv2d(a, b, 1)
 
     def forward(self, x):
@@ -588,70 +546,50 @@ class Resnet(nn.Module):
 class Attention(nn.Module):
     """x + attention with one head among all its pixels: (n, c, h, w) -> the same."""
 
-    def __init__(self, c, groups):
+    def __init__(self, c, norm):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, c, EPS)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(c, c) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+        self.group_norm = norm(c)
+        self.to_q, self.to_k, self.to_v, self.to_out0 = (nn.Linear(c, c) for _ in range(4))
 
     def forward(self, x):
         y = self.group_norm(x).flatten(2).mT[:, None]                             # (n, 1, h·w, c)
         y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
-        return x + self.to_out[0](y).mT.reshape(x.shape)
+        return x + self.to_out0(y).mT.reshape(x.shape)
 
 
-class Coder(nn.Module):
-    """Half of a VAE, "down" or "up": (n, a, h, w) -> (n, b, h/8, w/8) or (n, b, 8h, 8w).
-
-    channels: of its levels, in the order they are passed; between two levels the size changes by 2.
-    """
-
-    def __init__(self, way, a, b, channels, groups):
-        super().__init__()
-        self.down, first, last = way == "down", channels[0], channels[-1]
-        narrow = last if self.down else first           # where the picture is smallest
-        self.conv_in = nn.Conv2d(a, first, 3, padding=1)
-        self.mid_block = nn.ModuleDict(dict(
-            resnets=nn.ModuleList(Resnet(narrow, narrow, groups) for _ in range(2)),
-            attentions=nn.ModuleList([Attention(narrow, groups)])))
-        self.conv_norm_out = nn.GroupNorm(groups, last, EPS)
-        self.conv_out = nn.Conv2d(last, b, 3, padding=1)
-        self.levels = nn.ModuleList()
-        for i, (c, d) in enumerate(zip((first, *channels), channels)):
-            resnets = nn.ModuleList(Resnet(d if j else c, d, groups) for j in range(2 if self.down else 3))
-            conv = nn.Conv2d(d, d, 3, stride=2) if self.down else nn.Conv2d(d, d, 3, padding=1)
-            samplers = nn.ModuleList([nn.ModuleDict(dict(conv=conv))] if i < len(channels) - 1 else [])
-            self.levels.append(nn.ModuleDict({"resnets": resnets, way + "samplers": samplers}))
-
-    def middle(self, x):
-        before, after = self.mid_block.resnets
-        return after(self.mid_block.attentions[0](before(x)))
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        x = x if self.down else self.middle(x)
-        for level in self.levels:
-            for resnet in level.resnets:
-                x = resnet(x)
-            for sampler in level.downsamplers if self.down else level.upsamplers:       # none in the last
-                # Zeros at the right and the bottom alone, as in the original: padding=1 would shift all.
-                x = F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0)
-                x = sampler.conv(x)
-        x = self.middle(x) if self.down else x
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+def coder(way, a, b, channels, norm):
+    """Half of a VAE, "down" or "up": (n, a, h, w) -> (n, b, h/8, w/8) or (n, b, 8h, 8w)."""
+    down, first, last, levels = way == "down", channels[0], channels[-1], OrderedDict()
+    for i, (c, d) in enumerate(zip((first, *channels), channels)):
+        level = OrderedDict((f"resnets{j}", Resnet(d if j else c, d, norm)) for j in range(2 if down else 3))
+        if i < len(channels) - 1:                       # on to the size of the next one
+            # Zeros at the right and the bottom alone, as in the original: padding=1 would shift all.
+            resize = nn.ZeroPad2d((0, 1, 0, 1)) if down else nn.Upsample(scale_factor=2.0)
+            conv = nn.Conv2d(d, d, 3, stride=2) if down else nn.Conv2d(d, d, 3, padding=1)
+            level[f"{way}samplers0"] = nn.Sequential(OrderedDict(resize=resize, conv=conv))
+        levels[f"{way}_blocks{i}"] = nn.Sequential(level)
+    narrow = last if down else first                    # where the picture is smallest
+    levels["mid_block"] = nn.Sequential(OrderedDict(
+        resnets0=Resnet(narrow, narrow, norm), attentions0=Attention(narrow, norm),
+        resnets1=Resnet(narrow, narrow, norm)))
+    levels.move_to_end("mid_block", last=down)          # on the way up it comes first
+    return nn.Sequential(OrderedDict(
+        conv_in=nn.Conv2d(a, first, 3, padding=1), **levels,
+        conv_norm_out=norm(last), silu=nn.SiLU(), conv_out=nn.Conv2d(last, b, 3, padding=1)))
 
 
 class VAE(nn.Module):
-    """The autoencoder of latent diffusion (Rombach et al. 2022), under diffusers' names.
+    """The autoencoder of latent diffusion (Rombach et al. 2022), names as in diffusers, see build_vae.
 
     channels of the levels, each a multiple of `groups`; with four levels 8x8 pixels become one of z.
     Diffusion models work on 0.18215·z; here latents are normalised by their own statistics instead.
     """
 
-    def __init__(self, channels=(128, 256, 512, 512), groups=32):
+    def __init__(self, channels, groups):
         super().__init__()
-        self.encoder = Coder("down", 3, 8, channels, groups)
-        self.decoder = Coder("up", 4, 3, channels[::-1], groups)
+        norm = functools.partial(nn.GroupNorm, groups, eps=1e-6)        # of so many channels; not 1e-5
+        self.encoder = coder("down", 3, 8, channels, norm)
+        self.decoder = coder("up", 4, 3, channels[::-1], norm)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
 
     def encode(self, x):
@@ -664,26 +602,25 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0.",
-             "encoder.down_blocks.": "encoder.levels.", "decoder.up_blocks.": "decoder.levels."}
+VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}   # old
 
 
 def build_vae(state, groups=32, dtype=torch.float32):
     """The VAE whose published weights `state` holds ({name: tensor} as in diffusers, old or new), frozen.
 
-    groups: of the norms, as no weight tells. ValueError, one line, if they are not those of such a network.
+    Our resnets0 is their resnets.0. groups: of the norms, as no weight tells. ValueError for other weights.
     """
     have, channels = {}, []
     for name, w in state.items():
-        for theirs, ours in VAE_NAMES.items():
-            name = name.replace(theirs, ours)
-        have[name] = w.detach().to(dtype)
-    while (first := f"encoder.levels.{len(channels)}.resnets.0.conv1.weight") in have:
+        for old, new in VAE_NAMES.items():
+            name = name.replace(old, new)
+        have[re.sub(r"\.(\d+)\.", r"\1.", name)] = w.detach().to(dtype)
+    while (first := f"encoder.down_blocks{len(channels)}.resnets0.conv1.weight") in have:
         channels.append(len(have[first]))
-    if not channels or any(c % groups for c in channels):
-        raise ValueError(f"not the weights of a VAE: {channels} channels in {groups} groups")
+    if not channels:
+        raise ValueError("not the weights of a VAE: there is no encoder")
     with torch.device("meta"):                          # no memory and no initial values
-        net = VAE(tuple(channels), groups)
+        net = VAE(channels, groups)
     return fill(net, have, "a VAE")
 
 
@@ -734,6 +671,8 @@ def main():
     elif not finished(args.out, args.command):
         args.out.mkdir(parents=True, exist_ok=True)
         {"mnist": mnist, "cifar10": cifar10}[args.command](args.out, args.source)
+        if not args.source:
+            shutil.rmtree(args.out / "download", ignore_errors=True)
 
 
 if __name__ == "__main__":

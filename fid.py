@@ -19,6 +19,7 @@ import json
 import math
 import sys
 import zipfile
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,9 +59,8 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 def gaussian(mu, cov):
     """-> mu (d,), A (d, rank) with A·Aᵀ = cov, and tr cov; numpy, float64."""
     mu, cov = (np.asarray(a.cpu() if torch.is_tensor(a) else a, np.float64) for a in (mu, cov))
-    mu = mu.reshape(-1)
-    cov = cov.reshape(1, 1) if cov.size == 1 else cov
-    if cov.shape != (len(mu), len(mu)) or not np.isfinite(cov).all() or not np.isfinite(mu).all():
+    mu, cov = (mu.reshape(1), cov.reshape(1, 1)) if cov.size == 1 else (mu, cov)
+    if cov.shape != mu.shape * 2 or not np.isfinite(cov).all() or not np.isfinite(mu).all():
         raise ValueError(f"mean {mu.shape} and covariance {cov.shape} do not fit or are not finite")
     w, v = scipy.linalg.eigh(cov)                                                       # (d,), (d, d)
     if abs(cov - cov.T).max() > 1e-5 * abs(cov).max() or w[0] < -1e-5 * abs(w).max():
@@ -79,17 +79,15 @@ def precision_recall(real, made, k=3):
     """
     if min(len(real), len(made)) <= k:
         raise ValueError(f"precision and recall need more than {k} pictures on each side")
-
-    centre = real.double().mean(0)                      # far from 0, |a|² + |b|² - 2·a·b would cancel
+    centre = real.double().mean(0)                      # far from 0, cdist's |a|² + |b|² - 2·a·b would cancel
     real, made = real.double() - centre, made.double() - centre
 
-    def distances(x, y):                                # a piece of x at a time
-        return (torch.cdist(piece, y) for piece in x.split(max(1, 2**25 // len(y))))    # (rows, len(y))
-
     def share_inside(x, balls):
+        rows = max(1, 2**25 // len(balls))              # so many at a time
         # The row itself is the nearest of its neighbours: hence k + 1.
-        radius = torch.cat([d.kthvalue(k + 1).values for d in distances(balls, balls)])
-        return torch.cat([(d <= radius).any(1) for d in distances(x, balls)]).double().mean().item()
+        radius = torch.cat([torch.cdist(part, balls).kthvalue(k + 1).values for part in balls.split(rows)])
+        inside = torch.cat([(torch.cdist(part, balls) <= radius).any(1) for part in x.split(rows)])
+        return inside.double().mean().item()
     return share_inside(made, real), share_inside(real, made)
 
 
@@ -100,9 +98,8 @@ def of_all(tensor):
     """The tensors that the processes hold here, in their order, on the device of this one's."""
     if not dist.is_initialized():
         return [tensor]
-    mine = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu").contiguous()
-    everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyones, mine)
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, tensor.cpu())
     return [one.to(tensor.device) for one in everyones]
 
 
@@ -114,15 +111,15 @@ class RunningStats:
     """
 
     def __init__(self, dim, device="cpu"):
-        self.dim, self.n = dim, 0
+        self.n = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def update(self, features):
         """Add rows (n, dim), torch or numpy. ValueError for another width, NaN or infinity."""
-        x = torch.as_tensor(features).to(self.mean.device).double()
-        if x.ndim != 2 or x.shape[1] != self.dim or not x.isfinite().all():
-            raise ValueError(f"expected finite features (n, {self.dim}), got {tuple(x.shape)}, or NaN")
+        x = torch.as_tensor(features).to(self.mean)     # as float64, on its device
+        if x.shape[1:] != self.mean.shape or not x.isfinite().all():
+            raise ValueError(f"expected finite features (n, {len(self.mean)}), got {tuple(x.shape)}, or NaN")
         centre = x.mean(0)
         return self.add(len(x), centre, (x - centre).T @ (x - centre))
 
@@ -145,95 +142,80 @@ class RunningStats:
 
     def all_merge(self):
         """A new RunningStats of the rows of all processes, the same bits on each."""
-        everyone = RunningStats(self.dim, self.mean.device)
-        parts = (of_all(a) for a in (self.mean.new_tensor([self.n]), self.mean, self.scatter))
-        for n, mean, scatter in zip(*parts):            # in the order of ranks: all round alike
+        everyone = RunningStats(len(self.mean), self.mean.device)
+        parts = self.mean.new_tensor(self.n), self.mean, self.scatter
+        for n, mean, scatter in zip(*map(of_all, parts)):       # in the order of ranks: all round alike
             everyone.add(int(n), mean, scatter)
         return everyone
 
 
-class RunningScore:
-    """Inception Score, exp(mean of KL(p(y|x) | p(y))) a split, of logits never in memory together.
+def score_sums(logits, split):
+    """For the Inception Score: (10, 2·classes), of each split Σ p and Σ p·log p of its pictures.
 
-    The mean of KL is the mean of Σ p·log p less Σ q·log q with q the mean of p, so a split needs
-    one row: [Σ p (classes numbers), Σ p·log p, n]. Rows of several processes just add up. Salimans 2016.
+    logits: (n, classes). split: int64 (n,), 0 .. 9. What several calls or processes return just adds up.
     """
-
-    def __init__(self, splits, classes=1008):
-        self.table = torch.zeros(splits, classes + 2, dtype=torch.float64)
-
-    def update(self, logits, split):
-        """Add logits (n, classes) of pictures in the splits `split`, int64 (n,)."""
-        log_p = logits.detach().cpu().double().log_softmax(1)                           # (n, classes)
-        p = log_p.exp()
-        rows = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], dim=1)
-        self.table.index_add_(0, split, rows)
-        return self
-
-    def all_merge(self):
-        self.table = torch.stack(of_all(self.table)).sum(0)
-        return self
-
-    def value(self):
-        """(mean, population standard deviation) over the splits."""
-        q, p_log_p = self.table[:, :-2] / self.table[:, -1:], self.table[:, -2] / self.table[:, -1]
-        scores = (p_log_p - torch.xlogy(q, q).sum(1)).exp()                             # (splits,)
-        return scores.mean().item(), scores.std(correction=0).item()
+    log_p = logits.cpu().double().log_softmax(1)                                        # (n, classes)
+    p = log_p.exp()
+    return F.one_hot(split, 10).double().T @ torch.cat([p, p * log_p], dim=1)
 
 
-def split_numbers(n, splits=10):
-    """Which split of the Inception Score each of n pictures belongs to, int64 (n,): equal parts after a
-    fixed permutation (torch-fidelity's, seed 2020), because pictures may come sorted by class."""
-    splits = min(splits, n)
-    numbers = np.empty(n, np.int64)
-    sizes = np.diff([n * i // splits for i in range(splits + 1)])
-    numbers[np.random.RandomState(2020).permutation(n)] = np.repeat(np.arange(splits), sizes)
-    return torch.from_numpy(numbers)
+def inception_score(sums):
+    """(mean, population standard deviation) over the splits of exp(mean of KL(p(y|x) | p(y))), from all sums.
+
+    The mean of KL is the mean of Σ p·log p less Σ q·log q with q the mean of p. Salimans et al. 2016.
+    """
+    p, p_log_p = sums[sums.any(1)].chunk(2, dim=1)      # each (splits, classes); without empty splits
+    n = p.sum(1, keepdim=True)                          # pictures, for the p of each add up to 1
+    q = p / n
+    scores = (p_log_p / n - torch.xlogy(q, q)).sum(1).exp()                             # (splits,)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def split_numbers(n):
+    """Which split of the Inception Score each of n pictures belongs to, int64 (n,): ten equal parts after
+    a fixed permutation (torch-fidelity's, seed 2020), because pictures may come sorted by class."""
+    place = np.random.RandomState(2020).permutation(n).argsort()
+    return torch.from_numpy(((place + 1) * 10 - 1) // n)        # split i begins at place i·n // 10
 
 
 # ---- Inception-v3 ----------------------------------------------------------------------------------
 
 
-class Conv(nn.Module):
+def conv(a, b, kernel=1, stride=None):
     """Convolution, BatchNorm, ReLU. Without a stride the picture keeps its size."""
-
-    def __init__(self, a, b, kernel=(1, 1), stride=None):
-        super().__init__()
-        padding = 0 if stride else [k // 2 for k in kernel]
-        self.conv = nn.Conv2d(a, b, kernel, stride or 1, padding, bias=False)
-        self.bn = nn.BatchNorm2d(b, eps=1e-3)           # not PyTorch's 1e-5
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+    return nn.Sequential(OrderedDict(
+        conv=nn.Conv2d(a, b, kernel, stride or 1, 0 if stride else "same", bias=False),
+        bn=nn.BatchNorm2d(b, eps=1e-3),                 # not PyTorch's 1e-5
+        relu=nn.ReLU(inplace=True)))
 
 
 POOLS = {
-    "max/2": lambda x: F.max_pool2d(x, 3, stride=2),
-    "max": lambda x: F.max_pool2d(x, 3, stride=1, padding=1),
+    "max/2": nn.MaxPool2d(3, stride=2),
+    "max": nn.MaxPool2d(3, stride=1, padding=1),
     # The mean of the pixels that are there. torchvision's counts the zeros around them as well.
-    "average": lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False),
+    "average": nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
 }
 
 
-class Mixed(nn.Module):
+class Mixed(nn.ModuleDict):
     """Branches side by side, joined along the channels; a is the number of channels that come in.
 
-    A branch is a line of layers with ">" between them: "branch5x5_1 48 > branch5x5_2 64 5x5" is a 1x1
-    convolution to 48 channels, then one of 5x5 to 64. "3x3/2" has stride 2, "max/2" is a pool. Two branches
-    may begin with the same layer.
+    A branch is a line of layers with ">" between them: "branch5x5_1 48 1 1 > branch5x5_2 64 5 5" is a 1x1
+    convolution to 48 channels, then one of 5x5 to 64. A fourth number is a stride, a name alone a pool. Two
+    branches may begin with the same layer.
     """
 
     def __init__(self, a, *branches):
         super().__init__()
         self.branches = [[layer.split() for layer in line.split(" > ")] for line in branches]
         for branch in self.branches:
-            b = a
+            channels = a
             for name, *numbers in branch:
                 if numbers:
-                    kernel, _, stride = (numbers + ["1x1"])[1].partition("/")
-                    kernel = [int(k) for k in kernel.split("x")]                        # height, width
-                    self.add_module(name, Conv(b, int(numbers[0]), kernel, int(stride or 0)))
-                    b = int(numbers[0])
+                    b, height, width, *stride = map(int, numbers)
+                    self[name], channels = conv(channels, b, (height, width), *stride), b
+                else:
+                    self[name] = POOLS[name]
 
     def forward(self, x):
         ends, known = [], {}
@@ -241,30 +223,10 @@ class Mixed(nn.Module):
             y = x
             for name, *_ in branch:
                 if name not in known:
-                    known[name] = POOLS[name](y) if name in POOLS else self.get_submodule(name)(y)
+                    known[name] = self[name](y)
                 y = known[name]
             ends.append(y)
         return torch.cat(ends, dim=1)
-
-
-def mixed5(a, pool):
-    return Mixed(a, "branch1x1 64", "branch5x5_1 48 > branch5x5_2 64 5x5",
-                 "branch3x3dbl_1 64 > branch3x3dbl_2 96 3x3 > branch3x3dbl_3 96 3x3",
-                 f"average > branch_pool {pool}")
-
-
-def mixed6(c):
-    return Mixed(768, "branch1x1 192", f"branch7x7_1 {c} > branch7x7_2 {c} 1x7 > branch7x7_3 192 7x1",
-                 f"branch7x7dbl_1 {c} > branch7x7dbl_2 {c} 7x1 > branch7x7dbl_3 {c} 1x7"
-                 f" > branch7x7dbl_4 {c} 7x1 > branch7x7dbl_5 192 1x7", "average > branch_pool 192")
-
-
-def mixed7(a, pool):
-    return Mixed(a, "branch1x1 320", "branch3x3_1 384 > branch3x3_2a 384 1x3",
-                 "branch3x3_1 384 > branch3x3_2b 384 3x1",
-                 "branch3x3dbl_1 448 > branch3x3dbl_2 384 3x3 > branch3x3dbl_3a 384 1x3",
-                 "branch3x3dbl_1 448 > branch3x3dbl_2 384 3x3 > branch3x3dbl_3b 384 3x1",
-                 f"{pool} > branch_pool 192")
 
 
 class Inception(nn.Module):
@@ -276,120 +238,123 @@ class Inception(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, (3, 3), 2), Conv(32, 32, (3, 3), 1)
-        self.Conv2d_2b_3x3, self.Conv2d_3b_1x1 = Conv(32, 64, (3, 3)), Conv(64, 80)
-        self.Conv2d_4a_3x3 = Conv(80, 192, (3, 3), 1)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed5(192, 32), mixed5(256, 64), mixed5(288, 64)
-        self.Mixed_6a = Mixed(288, "branch3x3 384 3x3/2", "branch3x3dbl_1 64 > branch3x3dbl_2 96 3x3"
-                              " > branch3x3dbl_3 96 3x3/2", "max/2")
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d = mixed6(128), mixed6(160), mixed6(160)
-        self.Mixed_6e = mixed6(192)
-        self.Mixed_7a = Mixed(768, "branch3x3_1 192 > branch3x3_2 320 3x3/2",
-                              "branch7x7x3_1 192 > branch7x7x3_2 192 1x7 > branch7x7x3_3 192 7x1"
-                              " > branch7x7x3_4 192 3x3/2", "max/2")
-        self.Mixed_7b = mixed7(1280, "average")
-        self.Mixed_7c = mixed7(2048, "max")                 # in torchvision an average, too
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = conv(3, 32, 3, 2), conv(32, 32, 3, 1)
+        self.Conv2d_2b_3x3, self.pool_1 = conv(32, 64, 3), nn.MaxPool2d(3, stride=2)
+        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = conv(64, 80), conv(80, 192, 3, 1)
+        self.pool_2 = nn.MaxPool2d(3, stride=2)
+        for name, a, pool in ("Mixed_5b", 192, 32), ("Mixed_5c", 256, 64), ("Mixed_5d", 288, 64):
+            self.add_module(name, Mixed(
+                a, "branch1x1 64 1 1", "branch5x5_1 48 1 1 > branch5x5_2 64 5 5",
+                "branch3x3dbl_1 64 1 1 > branch3x3dbl_2 96 3 3 > branch3x3dbl_3 96 3 3",
+                f"average > branch_pool {pool} 1 1"))
+        self.Mixed_6a = Mixed(
+            288, "branch3x3 384 3 3 2",
+            "branch3x3dbl_1 64 1 1 > branch3x3dbl_2 96 3 3 > branch3x3dbl_3 96 3 3 2", "max/2")
+        for name, c in ("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192):
+            self.add_module(name, Mixed(
+                768, "branch1x1 192 1 1",
+                f"branch7x7_1 {c} 1 1 > branch7x7_2 {c} 1 7 > branch7x7_3 192 7 1",
+                f"branch7x7dbl_1 {c} 1 1 > branch7x7dbl_2 {c} 7 1 > branch7x7dbl_3 {c} 1 7"
+                f" > branch7x7dbl_4 {c} 7 1 > branch7x7dbl_5 192 1 7", "average > branch_pool 192 1 1"))
+        self.Mixed_7a = Mixed(
+            768, "branch3x3_1 192 1 1 > branch3x3_2 320 3 3 2",
+            "branch7x7x3_1 192 1 1 > branch7x7x3_2 192 1 7 > branch7x7x3_3 192 7 1"
+            " > branch7x7x3_4 192 3 3 2", "max/2")
+        # In torchvision the pool of the last one is an average, too.
+        for name, a, pool in ("Mixed_7b", 1280, "average"), ("Mixed_7c", 2048, "max"):
+            self.add_module(name, Mixed(
+                a, "branch1x1 320 1 1", "branch3x3_1 384 1 1 > branch3x3_2a 384 1 3",
+                "branch3x3_1 384 1 1 > branch3x3_2b 384 3 1",
+                "branch3x3dbl_1 448 1 1 > branch3x3dbl_2 384 3 3 > branch3x3dbl_3a 384 1 3",
+                "branch3x3dbl_1 448 1 1 > branch3x3dbl_2 384 3 3 > branch3x3dbl_3b 384 3 1",
+                f"{pool} > branch_pool 192 1 1"))
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOLS["max/2"](x)))
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(POOLS["max/2"](x))))
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))                 # (n, 2048)
-        return x, F.linear(x, self.fc.weight)
+        *layers, fc = self.children()                       # in the order in which they stand above
+        for layer in layers:
+            x = layer(x)
+        x = x.mean((2, 3))                                                              # (n, 2048)
+        return x, F.linear(x, fc.weight)
 
 
-# ---- DINOv2 and CLIP -------------------------------------------------------------------------------
-
-
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
-def gelu(x):
-    """Exact. For F.gelu itself PyTorch's layer has a kernel of its own, on CUDA of the tanh kind."""
-    return F.gelu(x)
+# ---- DINOv2 and CLIP, and any network from published weights ---------------------------------------
 
 
 class ViT(nn.Module):
     """DINOv2 (Oquab et al. 2023), or with `out` the image half of CLIP (Radford et al. 2021).
 
     x (n, 3, H, W) -> (n, dim), DINOv2's class token after the last norm, or (n, out), CLIP's feature.
-    grid: patches a side of the position table; `patch` divides H and W; CLIP takes grid·patch alone.
+    grid: patches a side of the position table; `patch` divides H and W.
     """
 
     def __init__(self, dim, depth, heads, patch, grid, out=None):
         super().__init__()
-        clip = out is not None
-        self.grid, self.clip = grid, clip
-        eps, activation = (1e-5, quick_gelu) if clip else (1e-6, gelu)
+        self.grid, clip = grid, out is not None
+        if clip:
+            eps, activation = 1e-5, lambda x: x * torch.sigmoid(1.702 * x)
+        else:       # for F.gelu itself PyTorch's layer has a kernel of its own, on CUDA of the tanh kind
+            eps, activation = 1e-6, lambda x: F.gelu(x)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid ** 2, dim))
-        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch, patch, bias=not clip)))
+        self.patch_embed = nn.Conv2d(3, dim, patch, patch, bias=not clip)
         self.norm_pre = nn.LayerNorm(dim) if clip else nn.Identity()
-        self.blocks = nn.ModuleList(
+        self.blocks = nn.Sequential(*(
             nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, activation, eps, batch_first=True,
-                                       norm_first=True) for _ in range(depth))
+                                       norm_first=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps)
-        self.proj = nn.Parameter(torch.zeros(dim, out)) if clip else None
-
-    def positions(self, h, w):
-        """The position table (1, 1 + h·w, dim) for h x w patches."""
-        if self.clip or h == w == self.grid:
-            return self.pos_embed
-        # As in the original: in float32 whatever x is, no antialias, and by scale factors with 0.1 added,
-        # so that rounding never loses a row. They set the sampling points: size= would give others.
-        table = self.pos_embed[:, 1:].float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
-        scale = (h + 0.1) / self.grid, (w + 0.1) / self.grid
-        table = F.interpolate(table, scale_factor=scale, mode="bicubic")                # (1, dim, h, w)
-        return torch.cat([self.pos_embed[:, :1], table.flatten(2).mT.to(self.pos_embed.dtype)], dim=1)
+        self.proj = nn.Linear(dim, out, bias=False) if clip else nn.Identity()
 
     def forward(self, x):
-        patches = self.patch_embed.proj(x)                                              # (n, dim, h, w)
+        patches = self.patch_embed(x)                                                   # (n, dim, h, w)
+        h, w = patches.shape[2:]
+        grid, positions = self.grid, self.pos_embed                                     # (1, 1 + grid², dim)
+        if not h == w == grid:
+            # As in the original: in float32 whatever x is, no antialias, and by scale factors with 0.1 added,
+            # so that rounding never loses a row. They set the sampling points: size= would give others.
+            table = positions[:, 1:].float().unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+            scale = (h + 0.1) / grid, (w + 0.1) / grid
+            table = F.interpolate(table, scale_factor=scale, mode="bicubic")            # (1, dim, h, w)
+            positions = torch.cat([positions[:, :1], table.flatten(2).mT.to(positions.dtype)], dim=1)
         x = torch.cat([self.cls_token.expand(len(x), 1, -1), patches.flatten(2).mT], dim=1)
-        x = self.norm_pre(x + self.positions(*patches.shape[2:]))                       # (n, 1 + h·w, dim)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x[:, 0])                                                          # (n, dim)
-        return x @ self.proj if self.clip else x
+        x = self.norm_pre(x + positions)                                                # (n, 1 + h·w, dim)
+        return self.proj(self.norm(self.blocks(x)[:, 0]))                               # (n, dim or out)
 
-
-# ---- a network from published weights --------------------------------------------------------------
 
 VIT_NAMES = {       # of DINOv2, of CLIP in transformers, of CLIP by OpenAI: ours, which are PyTorch's
+    "vision_model.": "", "visual.": "", "visual_projection.": "proj.", "patch_embed.proj.": "patch_embed.",
     "embeddings.class_embedding": "cls_token", "class_embedding": "cls_token",
     "embeddings.position_embedding.weight": "pos_embed", "positional_embedding": "pos_embed",
-    "embeddings.patch_embedding.": "patch_embed.proj.", "conv1.": "patch_embed.proj.",
+    "embeddings.patch_embedding.": "patch_embed.", "conv1.": "patch_embed.",
     "pre_layrnorm.": "norm_pre.", "ln_pre.": "norm_pre.", "post_layernorm.": "norm.", "ln_post.": "norm.",
-    "encoder.layers.": "blocks.", "transformer.resblocks.": "blocks.",
-    "layer_norm1.": "norm1.", "ln_1.": "norm1.", "layer_norm2.": "norm2.", "ln_2.": "norm2.",
-    "self_attn.q_proj.": "attn.in_proj_", "attn.qkv.": "attn.in_proj_", "attn.proj.": "attn.out_proj.",
-    "mlp.c_fc.": "linear1.", "mlp.fc1.": "linear1.", "mlp.c_proj.": "linear2.", "mlp.fc2.": "linear2.",
+    "encoder.layers.": "blocks.", "transformer.resblocks.": "blocks.", "layer_norm": "norm", "ln_": "norm",
+    "attn.qkv.": "attn.in_proj_", "attn.proj.": "attn.out_proj.", "ls1.gamma": "attn.out_proj.gamma",
+    "mlp.c_fc.": "linear1.", "mlp.c_proj.": "linear2.", "mlp.fc": "linear", "ls2.gamma": "linear2.gamma",
     ".attn.": ".self_attn.",
 }
 
 
 def vit_state(state):
     """A ViT's published weights in our names; of CLIP the image half alone."""
-    clip, have = any(name.startswith(("vision_model.", "visual.")) for name in state), {}
-    for name, w in state.items():
-        if name == "visual_projection.weight":
-            have["proj"] = w.T
-        text = clip and not name.startswith(("vision_model.", "visual."))
-        if text or name.endswith(("position_ids", "mask_token", ".gamma")) or ".k_proj." in name \
-                or ".v_proj." in name:
-            continue                                    # no part of it, or joined with another below
-        if ".q_proj." in name:
-            w = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
-        # DINOv2 scales each channel of what a block adds: that goes into the linear map before it.
-        for layer, scale in ((".attn.proj.", ".ls1.gamma"), (".mlp.fc2.", ".ls2.gamma")):
-            if layer in name and (gamma := state.get(name.split(layer)[0] + scale)) is not None:
-                w = w * gamma.view(-1, *[1] * (w.dim() - 1))
-        ours = name.removeprefix("vision_model.").removeprefix("visual.")
-        for theirs, new in VIT_NAMES.items():
-            ours = ours.replace(theirs, new)
-        have[ours] = w.reshape(1, -1, w.shape[-1]) if ours in ("cls_token", "pos_embed") else w
+    image = {name: w for name, w in state.items() if name.startswith(("vision_model.", "visual"))}
+    have = {}
+    for name, w in (image or state).items():            # DINOv2 has no halves
+        for theirs, ours in VIT_NAMES.items():
+            name = name.replace(theirs, ours)
+        if name == "proj":                              # OpenAI's is a plain matrix (dim, out)
+            name, w = "proj.weight", w.mT
+        have[name] = w.reshape(1, -1, w.shape[-1]) if name in ("cls_token", "pos_embed") else w
+    for name in list(have):
+        if name.endswith(("position_ids", "mask_token")):
+            del have[name]
+        elif ".q_proj." in name:
+            parts = [have.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+            have[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+        elif name.endswith(".gamma"):
+            # DINOv2 scales each channel of what a block adds: that goes into the linear map before it.
+            layer, gamma = name.removesuffix("gamma"), have.pop(name)
+            have[layer + "weight"] = have[layer + "weight"] * gamma[:, None]
+            have[layer + "bias"] = have[layer + "bias"] * gamma
     return have
 
 
@@ -401,20 +366,17 @@ def build_network(kind, state, heads=None, dtype=torch.float32):
     """
     try:
         state = {name: w.detach().to(dtype) for name, w in state.items()}
-        state = state if kind == "inception" else vit_state(state)
         with torch.device("meta"):                      # no memory, no initial values
             if kind == "inception":
                 net = Inception()
-                for name in net.state_dict():           # counts steps of training; some files have it
-                    if name.endswith("num_batches_tracked"):
-                        state.setdefault(name, torch.zeros((), device="cpu"))
             else:
-                dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+                state = vit_state(state)
+                dim, _, patch, _ = state["patch_embed.weight"].shape
                 grid = math.isqrt(state["pos_embed"].shape[1] - 1)
                 depth = sum(name.endswith(".norm1.weight") for name in state)
-                out = state["proj"].shape[1] if kind == "clip" else None
+                out = len(state["proj.weight"]) if kind == "clip" else None
                 net = ViT(dim, depth, heads or dim // 64, patch, grid, out)
-    except (LookupError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except Exception as error:                          # other weights can raise nearly anything
         raise ValueError(f"not the weights of {kind}: {error!r}") from None
     return fill(net, state, kind)
 
@@ -428,15 +390,12 @@ def prepare_inception(u, dtype=torch.float32):
     TensorFlow 1 samples at i·in/out, half a pixel off, and blends in float32, across first, then down.
     """
     x = u.float()
-    for axis in (3, 2):
-        size = x.shape[axis]
-        if size != 299:
-            scale = torch.tensor(size / 299, device=u.device)
-            at = torch.arange(299, device=u.device) * scale                             # (299,)
-            low = at.long()
-            a, b = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=size - 1))
-            d = at - low
-            x = a + (b - a) * (d if axis == 3 else d[:, None])
+    for _ in range(2):                                  # across; then, turned by .mT, down
+        size = x.shape[3]
+        at = torch.arange(299, device=u.device) * torch.tensor(size / 299, device=u.device)     # (299,)
+        low = at.long()
+        a, b = x[..., low], x[..., (low + 1).clamp(max=size - 1)]                       # (n, 3, ., 299)
+        x = (a + (b - a) * (at - low)).mT
     return (x.to(dtype) - 128) / 128
 
 
@@ -448,18 +407,15 @@ def normalise(x, mean, std, dtype):
 
 def prepare_dinov2(u, dtype=torch.float32):
     """As EDM2 and α-Flow do: uint8 (n, 3, H, W) -> (n, 3, 224, 224); overshoot beyond 0 .. 255 stays."""
-    x = u.float()
-    if x.shape[2:] != (224, 224):
-        x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True)
+    x = F.interpolate(u.float(), (224, 224), mode="bicubic", antialias=True)
     return normalise(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype)
 
 
 def prepare_clip(u, dtype=torch.float32):
     """As OpenAI does: uint8 (n, 3, H, W) -> (n, 3, 224, 224), the short side resized, the centre cut."""
     height, width = (int(224 * side / min(u.shape[2:])) for side in u.shape[2:])
-    if u.shape[2:] != (height, width):
-        pictures = (sample.as_image(p).resize((width, height), Image.BICUBIC) for p in u)
-        u = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).to(u.device)
+    pictures = [sample.as_image(p).resize((width, height), Image.BICUBIC) for p in u]
+    u = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(u.device)
     top, left = round((height - 224) / 2), round((width - 224) / 2)
     return normalise(u[:, :, top:top + 224, left:left + 224], (0.48145466, 0.4578275, 0.40821073),
                      (0.26862954, 0.26130258, 0.27577711), dtype)
@@ -476,9 +432,7 @@ WEIGHTS = {     # network: file, its sha256, where it is published
     "inception": ("pt_inception-2015-12-05-6726825d.pth",
                   "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
                   ["https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                   "pt_inception-2015-12-05-6726825d.pth",
-                   "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-                   "weights-inception-2015-12-05-6726825d.pth"]),
+                   "pt_inception-2015-12-05-6726825d.pth"]),
     "dinov2": ("dinov2_vitl14_pretrain.pth",
                "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
                ["https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"]),
@@ -514,12 +468,11 @@ class Extractor:
             if u[0].numel() > 3072:
                 raise ValueError("the distance on pixels is for pictures up to 3x32x32: give --features")
             return u.flatten(1).double() / 127.5 - 1, None
-        found = []
-        for piece in u.split(16 if self.device.type == "cpu" else len(u)):          # a CPU's cache is small
-            out = self.net(self.prepare(piece.to(self.device).expand(-1, 3, -1, -1)))
-            found.append(out if isinstance(out, tuple) else (out, out[:0]))
-        features, logits = (torch.cat(part) for part in zip(*found))
-        return features, logits if self.name == "inception" else None
+        pieces = u.split(16 if self.device.type == "cpu" else len(u))               # a CPU's cache is small
+        found = [self.net(self.prepare(piece.to(self.device).expand(-1, 3, -1, -1))) for piece in pieces]
+        if self.name == "inception":
+            return tuple(torch.cat(part) for part in zip(*found))
+        return torch.cat(found), None
 
 
 def extractors_for(names, shape, device, weights=None):
@@ -544,11 +497,9 @@ class Pictures:
 def from_dataset(dataset):
     """The pictures of a data.Dataset, by the uint8 rule of drawn ones: a range of 0..16 becomes 0..255."""
     if isinstance(dataset, data.Latents):
-        raise ValueError(f"{dataset.name} holds latents, not pictures: --ref names the folder they were made "
-                         "from (with --size), or its statistics by --save-stats")
-    about = dataset.describe()
+        raise ValueError(f"{dataset.name} holds latents: give as --ref its pictures (--size) or statistics")
     return Pictures(len(dataset), dataset.shape, lambda rows: data.to_uint8(dataset.read(np.array(rows))),
-                    {"pictures": dataset.name}, about["label_counts"])
+                    {"pictures": dataset.name}, dataset.describe()["label_counts"])
 
 
 def from_network(net, decode, labels, grid, sampler, seed, about):
@@ -593,8 +544,7 @@ def from_npz(path):
             for k in rows:
                 file.seek(start + k * size)             # forwards: what lies between is read and let go
                 pictures += file.read(size)
-            u = torch.frombuffer(pictures, dtype=torch.uint8).view(len(rows), H, W, C)
-            return u.permute(0, 3, 1, 2)
+            return torch.frombuffer(pictures, dtype=torch.uint8).view(len(rows), H, W, C).permute(0, 3, 1, 2)
         except Exception as error:
             raise ValueError(f"{path} is damaged or cut short ({error})") from None
     return Pictures(N, (C, H, W), read, {"pictures": str(path)})
@@ -620,7 +570,7 @@ class Measured:
     cov: torch.Tensor                                   # (dim, dim)
     about: dict                                         # what they are of
     score: tuple = None                                 # Inception Score and its deviation over splits
-    rows: torch.Tensor = None                           # features (N, dim), if they were kept
+    rows: torch.Tensor = None                           # features (N, dim), process by process, if kept
 
 
 def measure(pictures, extractors, batch=64, keep=False):
@@ -634,33 +584,24 @@ def measure(pictures, extractors, batch=64, keep=False):
         raise ValueError(f"{pictures.count} pictures are too few: a covariance needs 2, a process 1")
     N, mine, split = pictures.count, range(rank, pictures.count, world), split_numbers(pictures.count)
     batches, stats, kept = [mine[i:i + batch] for i in range(0, len(mine), batch)], {}, {}
-    score = RunningScore(min(10, N))
-    bar = tqdm(total=len(mine), unit="img", disable=True if rank else None, leave=False)
-    with bar:
-        for rows, u in zip(batches, data.prefetch(map(pictures.read, batches), 2)):     # (b, C, H, W)
-            for e in extractors:
-                features, logits = e(u)                                                 # (b, dim)
-                if e not in stats:
-                    stats[e] = RunningStats(features.shape[1], features.device)
-                stats[e].update(features)
-                if logits is not None:
-                    score.update(logits, split[list(rows)])
-                if keep:
-                    kept.setdefault(e, []).append(features.float().cpu())
-            bar.update(len(rows))
-    score, result = score.all_merge().value(), []
+    bar = tqdm(batches, unit="batch", disable=True if rank else None, leave=False)
+    sums, result = 0, []
+    for rows, u in zip(bar, data.prefetch(map(pictures.read, batches), 2)):             # u (b, C, H, W)
+        for e in extractors:
+            features, logits = e(u)                                                     # (b, dim)
+            if e not in stats:
+                stats[e], kept[e] = RunningStats(features.shape[1], features.device), []
+            stats[e].update(features)
+            if logits is not None:
+                sums = sums + score_sums(logits, split[list(rows)])
+            if keep:
+                kept[e].append(features.float().cpu())
     for e in extractors:
         every, about = stats[e].all_merge(), {**e.about, **pictures.about, "count": N}
-        result.append(Measured(every.mean, every.cov(), about, score if e.name == "inception" else None,
-                               gather_rows(torch.cat(kept[e]), N) if keep else None))
+        score = inception_score(sum(of_all(sums))) if e.name == "inception" else None
+        rows = torch.cat(of_all(torch.cat(kept[e]))) if keep else None
+        result.append(Measured(every.mean, every.cov(), about, score, rows))
     return result
-
-
-def gather_rows(rows, count):
-    """The features of all pictures, (count, dim), from those of each process: picture k is row k."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rows = F.pad(rows, (0, 0, 0, -(-count // world) - len(rows)))       # the last ones may have one fewer
-    return torch.stack(of_all(rows), dim=1).flatten(0, 1)[:count]
 
 
 def compare(extractor, made, real=None):
@@ -668,59 +609,33 @@ def compare(extractor, made, real=None):
     result = {"Inception Score": made.score} if made.score else {}
     if real:
         result[extractor.title] = frechet_distance(made.mean, made.cov, real.mean, real.cov)
-    if real and made.rows is not None and real.rows is not None:
-        result["precision"], result["recall"] = precision_recall(real.rows, made.rows)
+        if made.rows is not None and real.rows is not None:
+            result["precision"], result["recall"] = precision_recall(real.rows, made.rows)
     return result
 
 
 def save_stats(path, measured):
     """Write mu and sigma under the names of pytorch-fid and ADM, and what they are of."""
     with data.replacing(path) as file:
-        np.savez(file, mu=measured.mean.cpu().numpy(), sigma=measured.cov.cpu().numpy(),
-                 about=np.array(json.dumps(measured.about)))
+        np.savez(file, mu=measured.mean.cpu(), sigma=measured.cov.cpu(), about=json.dumps(measured.about))
 
 
 def read_stats(path):
     """Measured from an .npz with mu and sigma (or ref_mu, ref_sigma); None if it holds no statistics."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:                     # which unpickles nothing
             ref = "ref_" if "ref_mu" in file else ""
             if ref + "mu" not in file:
                 return None
             about = json.loads(str(file["about"])) if "about" in file else {}
-            mu, sigma = file[ref + "mu"].astype(np.float64), file[ref + "sigma"].astype(np.float64)
+            mu, sigma = (torch.from_numpy(file[ref + name]).double() for name in ("mu", "sigma"))
         gaussian(mu, sigma)                             # whether they are what they seem
-        return Measured(torch.from_numpy(mu), torch.from_numpy(sigma), about)
+        return Measured(mu, sigma, about)
     except Exception as error:                          # a damaged archive raises nearly anything
         raise ValueError(f"{path} cannot be read as statistics: {' '.join(str(error).split())}") from None
 
 
 # ---- command line ----------------------------------------------------------------------------------
-
-
-def parse_flags():
-    p = data.Parser(description="How far pictures are from real ones.")
-    p.add_argument("--ckpt", type=Path, help="a checkpoint that draws the pictures")
-    p.add_argument("--pictures", help="or pictures that are there: a folder, arr_0 of an .npz, or a data set")
-    p.add_argument("--ref", help="real pictures: as --pictures, or an .npz of statistics, mu and sigma [the "
-                   "checkpoint's training data]")
-    p.add_argument("--size", type=int, help="centre-crop and resize pictures in folders to so many pixels")
-    p.add_argument("--features", help=f"some of {','.join(FEATURES)} [inception; pixels up to 3x32x32]")
-    p.add_argument("--precision-recall", action="store_true", help="these, too; keeps all features in memory")
-    p.add_argument("--weights", help="a file for the feature network [the published one, downloaded once]")
-    p.add_argument("--nfe", type=int, help="network evaluations, equally spaced [1]")
-    p.add_argument("--grid", help="the times of the jumps instead, like 1,0.55,0")
-    p.add_argument("--sampler", choices=["ode", "consistency"], help="[ode; released files: as published]")
-    p.add_argument("--samples", type=int, help="pictures to draw [as many as real ones, 50,000 at most]")
-    p.add_argument("--labels", choices=["data", "balanced", "random"],
-                   help="classes as in the data, equally often, or by chance [data if known, else random]")
-    p.add_argument("--raw", action="store_true", help="the weights as trained, not their running average")
-    p.add_argument("--seed", type=int, default=0, help="picture k depends on the seed and k alone [0]")
-    p.add_argument("--batch", type=int, default=64, help="pictures at a time [64]")
-    p.add_argument("--device", help="cuda or cpu [cuda if there]")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write values and protocol here as well")
-    p.add_argument("--save-stats", type=Path, metavar="FILE.npz", help="write mu and sigma of the pictures")
-    return p.parse_args()
 
 
 def open_ref(ref, size=None, rows=False):
@@ -747,12 +662,31 @@ def drawn(args, ckpt, device, real):
     count = args.samples or min(50_000, real.count if real else 50_000)
     y = sample.make_labels(labels, count, net.config.classes, args.seed, counts)
     return from_network(net, decode, y, grid, sampler, args.seed, {
-        "pictures": str(args.ckpt), "step": ckpt.get("step"), "weights": weights, "nfe": len(grid) - 1,
+        "pictures": args.ckpt, "step": ckpt.get("step"), "weights": weights, "nfe": len(grid) - 1,
         "times": grid, "sampler": sampler, "labels": labels, "seed": args.seed})
 
 
 def main():
-    args = parse_flags()
+    p = data.Parser(description="How far pictures are from real ones.")
+    p.add_argument("--ckpt", help="a checkpoint that draws the pictures")
+    p.add_argument("--pictures", help="or pictures that are there: a folder, arr_0 of an .npz, or a data set")
+    p.add_argument("--ref", help="real ones: as --pictures, or an .npz with mu and sigma [the training data]")
+    p.add_argument("--size", type=int, help="centre-crop and resize pictures in folders to so many pixels")
+    p.add_argument("--features", help=f"some of {','.join(FEATURES)} [inception; pixels up to 3x32x32]")
+    p.add_argument("--precision-recall", action="store_true", help="these, too; keeps all features in memory")
+    p.add_argument("--weights", help="a file for the feature network [the published one, downloaded once]")
+    p.add_argument("--nfe", type=int, help="network evaluations, equally spaced [1]")
+    p.add_argument("--grid", help="the times of the jumps instead, like 1,0.55,0")
+    p.add_argument("--sampler", help="ode or consistency [ode; released files: as published]")
+    p.add_argument("--samples", type=int, help="pictures to draw [as many as real ones, 50,000 at most]")
+    p.add_argument("--labels", help="data (as often as there), balanced or random [data if known, or random]")
+    p.add_argument("--raw", action="store_true", help="the weights as trained, not their running average")
+    p.add_argument("--seed", type=int, default=0, help="picture k depends on the seed and k alone [0]")
+    p.add_argument("--batch", type=int, default=64, help="pictures at a time [64]")
+    p.add_argument("--device", help="cuda or cpu [cuda if there]")
+    p.add_argument("--json", metavar="FILE", help="write values and protocol here as well")
+    p.add_argument("--save-stats", metavar="FILE.npz", help="write mu and sigma, by the first of --features")
+    args = p.parse_args()
     rank, world, device = data.place(args.device)
     if bool(args.ckpt) == bool(args.pictures) or args.nfe and args.grid:
         raise ValueError("give --ckpt or --pictures, and --nfe or --grid, not both")
@@ -763,8 +697,6 @@ def main():
     real, stats = open_ref(ref, args.size, args.precision_recall) if ref else (None, None)
     made = drawn(args, ckpt, device, real) if args.ckpt else open_pictures(args.pictures, args.size)
     extractors = extractors_for(args.features, made.shape, device, args.weights)
-    if args.save_stats and len(extractors) > 1:
-        raise ValueError("--save-stats holds the statistics of one of --features: give one")
     if not (real or stats or args.save_stats):
         raise ValueError("nothing to compare with: give --ref, or --save-stats FILE.npz")
     if args.precision_recall and not real or args.samples and args.pictures:
@@ -789,14 +721,13 @@ def report(args, extractors, ours, theirs):
         for what in ("pictures", "reference"):
             print(f"  {what}: " + ", ".join(f"{k} {v}" for k, v in (result[-1][what] or {}).items()))
         if e.net and one.about["count"] < 10_000:
-            print("fid.py: warning: with so few pictures distances are too high; 50,000 are usual",
-                  file=sys.stderr)
+            print("fid.py: warning: few pictures make distances too high; 50,000 are usual", file=sys.stderr)
     if args.json:
         with data.replacing(args.json) as file:
             file.write(json.dumps(result, indent=1, ensure_ascii=False).encode())
     if args.save_stats:
         save_stats(args.save_stats, ours[0])
-        print(f"wrote {args.save_stats}")
+        print(f"wrote {args.save_stats}, statistics of {extractors[0].name}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from torch import nn
 from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.utils.checkpoint import checkpoint
 
-# name: (depth, dim, heads). S to XL are the DiT paper's, Ti is for a laptop, Mi for a small GPU.
+# name: (depth, dim, heads). S to XL are the DiT paper's, Na and Ti are for a laptop, Mi for a small GPU.
 SIZES = {
+    "Na": (4, 64, 2),
     "Ti": (4, 128, 4),
     "Mi": (8, 256, 4),
     "S": (12, 384, 6),
@@ -364,7 +365,7 @@ def from_released(theirs):
     dim, channels, patch, _ = ema["x_embedder.proj.weight"].shape
     size = patch * math.isqrt(ema["pos_embed"].shape[1])
     depth = len({k.split(".")[1] for k in ema if k.startswith("blocks.")})
-    heads = {d: h for _, d, h in SIZES.values()}.get(dim, max(4, dim // 64))            # no shape tells it
+    heads = 16 if dim == 1152 else max(4, dim // 64)      # no shape tells it; XL's are 72 wide
     config = DiTConfig(size, channels, patch, dim, depth, heads, len(ema[label]) - 1)
     mean, var = (state[f"autoencoder_{k}"][0].double().expand(channels, size, size) for k in ("mean", "var"))
     std = (var + 1e-16).sqrt()

@@ -12,9 +12,7 @@ The objective is chosen by its flags:
                                                    --fm-ratio 1       plain flow matching
 """
 import argparse
-import contextlib
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -31,7 +29,6 @@ from types import SimpleNamespace
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +39,7 @@ import data
 import fid
 import sample
 from loss import alpha_at, alpha_flow_loss, du_dt, gradient_conflict, sample_times
-from model import FORMAT, DiT, DiTConfig, build, read_checkpoint
+from model import FORMAT, build, read_checkpoint
 
 # ---- recipes ---------------------------------------------------------------------------------------
 # Every setting of a run: its flag, the paper's value for ImageNet-256 (α-Flow §5, appendix), what it means.
@@ -91,15 +88,18 @@ PAPER = {name: default for group in SETTINGS.values() for name, (default, _) in 
 GUIDED = dict(steps=1_200_000, label_drop=0.1)
 XL_GUIDED = dict(GUIDED, omega=0.2, kappa=0.92, t_max=0.75)
 MEANFLOW = dict(alpha_schedule="constant", alpha_start=0.0)
-# Ours, found on the digits: with this window α is 0 after 36 % of the run, and MeanFlow gets the rest.
-SMALL = dict(steps=2500, batch=128, alpha_window=(0.0, 0.5), lr=3e-3, lr_decay="linear", lr_tail=0.3,
+# Ours, for short runs. With this window α is 0 after 36 % of the run, and MeanFlow gets the rest. With so
+# large a c all rows weigh nearly alike: the digits came out better than with 1/(err + 0.001) for easy rows.
+SMALL = dict(alpha_window=(0.0, 0.5), c=0.5, shrink_c=True, lr_decay="linear", lr_tail=0.6, beta2=0.99,
              warmup=100)
+DIGITS = dict(SMALL, data="digits", steps=2850, batch=128, lr=3e-3, time_mean=-0.8, time_std=1.4)
 COLOUR = dict(flip=True, steps=100_000, lr=4e-4, warmup=1000)
 
 RECIPES = {                 # --model: what differs from the paper's common settings; a flag wins over both
     # small networks, in pixels
-    "Ti/2": dict(SMALL, data="digits"),
-    "Ti/4": dict(SMALL, data="mnist") | dict(steps=1875, batch=32, lr=2e-3),        # one epoch
+    "Na/2": DIGITS,
+    "Ti/2": DIGITS,                                         # better, and three times slower
+    "Ti/4": dict(SMALL, data="mnist", steps=10_500, batch=32, lr=2e-3, kappa=0.3, label_drop=0.1),
     "Mi/2": dict(COLOUR, data="cifar10"),
     "Mi/4": dict(COLOUR, data="PICTURES"),                  # your own: give --data
     # the paper's networks, in SD-VAE latents; all of L/2 and XL/2 have guidance trained in, and so has -cfg
@@ -127,7 +127,7 @@ def recipe_for(dataset):
     if isinstance(dataset, data.Latents):
         return "B/2"
     if size <= 8:
-        return "Ti/2"
+        return "Na/2"
     return ("Ti/4" if channels == 1 else "Mi/2") if size <= 32 else "Mi/4"
 
 
@@ -147,12 +147,11 @@ def parse_flags():
             kind = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else \
                 dict(type=pair if isinstance(default, tuple) else type(default))
             group.add_argument(flag(name), default=None, help=f"{text} [{default}]", **kind)
-    g = p.add_argument_group("run")
+    g = p.add_argument_group("run and machine")
     g.add_argument("--out", help="folder of the run [out/DATA]")
     g.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
     g.add_argument("--init-from", metavar="CKPT", help="start from another checkpoint's EMA weights")
     g.add_argument("--overwrite", action="store_true", help="replace the run that is already in --out")
-    g = p.add_argument_group("machine")
     g.add_argument("--device", help="cuda or cpu [cuda if there]")
     g.add_argument("--accumulate", type=int, default=1, help="micro-batches a step, to save memory [1]")
     g.add_argument("--recompute", action="store_true", help="backward computes the blocks again: less memory")
@@ -176,10 +175,10 @@ def flag(name):
 def resolve(args, saved=None):
     """(recipe, data set): a resumed run's own recipe or the model's, with the given flags on top.
 
-    ValueError, in one line, for what makes no sense.
+    ValueError, in one line, for what makes no sense; the schedule and the times check what they are given.
     """
     name = args.data or saved and saved["data"]
-    model = args.model or saved and saved["model"] or (recipe_for(data.load(name)) if name else "Ti/2")
+    model = args.model or saved and saved["model"] or (recipe_for(data.load(name)) if name else "Na/2")
     own = RECIPES.get(model, {})
     if model not in RECIPES and network_name(model) != model:       # "meanflow-B/4" would train α-Flow
         raise ValueError(f"unknown recipe {model!r}: give one of {', '.join(RECIPES)}, or SIZE/PATCH")
@@ -193,15 +192,9 @@ def resolve(args, saved=None):
         recipe.update(alpha_schedule="constant", alpha_start=args.alpha)
     if args.alpha_schedule == "step" and args.alpha_window is None and not saved:
         recipe["alpha_window"] = (0.5, 0.5)             # in the whole-run window the step would be at step 0
-    other_data = recipe["data"] != own.get("data", PAPER["data"])
+    other_data = recipe["data"] != (PAPER | own)["data"]
     if "warmup" not in given and not saved and (other_data or "steps" in given and "warmup" not in own):
         recipe["warmup"] = min(recipe["warmup"], recipe["steps"] // 10)     # it may be longer than the run
-    check(recipe)
-    return recipe, data.load(recipe["data"], seed=recipe["seed"], flip=recipe["flip"])
-
-
-def check(recipe):
-    """ValueError for what makes no sense; the schedule and the times check what they are given."""
     positive = ("steps", "batch", "lr", "lr_tail", "grad_clip", "ema_half_life", "clip", "c")
     wrong = [name for name in positive if not recipe[name] > 0]
     if recipe["lr_decay"] not in ("constant", "linear", "cosine"):
@@ -212,6 +205,7 @@ def check(recipe):
         raise ValueError(f"{flag(wrong[0])} cannot be {recipe[wrong[0]]}: see --help")
     alpha_of(recipe, 0)                                 # raises if the schedule makes no sense
     sample_times(1, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"])
+    return recipe, data.load(recipe["data"], seed=recipe["seed"], flip=recipe["flip"])
 
 
 # ---- what depends on the step alone ----------------------------------------------------------------
@@ -235,27 +229,29 @@ def ema_decay(recipe, step):
     return 0.5 ** (1 / half_life) if half_life > 0 else 0.0
 
 
-def random_numbers(recipe, step, dataset, device):
+def random_numbers(run, step):
     """Everything random in a step, for the whole global batch: a function of (seed, step) alone.
 
     Each process draws it all and keeps its own rows, so the numbers do not depend on how many there are.
     """
-    B, key = recipe["batch"], (0, recipe["seed"], step)     # longer keys than sample.py's: other numbers
-    host, noise = data.generator(*key, 0), data.generator(*key, 1, device=device)
+    recipe, B = run.recipe, run.recipe["batch"]
+    key = 0, recipe["seed"], step                       # longer than sample.py's keys: other numbers
+
+    def normal(stream):
+        generator = data.generator(*key, stream, device=run.device)
+        return torch.randn(B, *run.dataset.shape, generator=generator, device=run.device)
+
+    host = data.generator(*key, 0)
     t, r = sample_times(B, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"], host)
-    numbers = {"t": t, "r": r, "drop": torch.rand(B, generator=host),               # (B,), on the CPU
-               "e": torch.randn(B, *dataset.shape, generator=noise, device=device)}     # (B, C, H, W)
-    if isinstance(dataset, data.Latents):               # picks a latent of each picture's distribution
-        cloud = data.generator(*key, 2, device=device)
-        numbers["posterior"] = torch.randn(B, *dataset.shape, generator=cloud, device=device)
-    return numbers
+    return {"t": t, "r": r, "drop": torch.rand(B, generator=host),                  # (B,), on the CPU
+            "e": normal(1), "posterior": normal(2)}     # (B, C, H, W); posterior: see data.Latents.sample
 
 
 # ---- a run: fresh, from another's weights, or as an interrupted one left it --------------------------
 
 def open_run(args):
     """(folder, checkpoint or None): where the run lives, and what it continues from."""
-    name = args.data or RECIPES.get(args.model or "Ti/2", PAPER).get("data", PAPER["data"])
+    name = args.data or (PAPER | RECIPES.get(args.model or "Na/2", {}))["data"]
     out = Path(args.out or f"out/{Path(name).name}")
     path = out / "ckpt.pt"
     if path.exists() and not (args.resume or args.overwrite):
@@ -268,27 +264,23 @@ def open_run(args):
 
 def assemble(args, rank, world, device):
     """All that the loop works on. ValueError, in one line, for what does not fit together."""
-    say = print if rank == 0 else lambda *_: None
+    say = tqdm.write if rank == 0 else lambda *_: None         # like print, beside a progress bar
     out, ckpt = open_run(args)
     recipe, dataset = resolve(args, ckpt and ckpt["config"]["recipe"])
     C, size, _ = dataset.shape
-    if args.accumulate < 1 or args.log_every < 1:
-        raise ValueError("--accumulate and --log-every are 1 or more")
-    if recipe["batch"] % (world * args.accumulate):
-        raise ValueError(f"--batch {recipe['batch']} is not divisible by {world} processes x "
-                         f"{args.accumulate} micro-batches")
+    if args.accumulate < 1 or args.log_every < 1 or recipe["batch"] % (world * args.accumulate):
+        raise ValueError(f"--log-every and --accumulate are 1 or more, and --batch {recipe['batch']} is a "
+                         f"multiple of {world} processes x --accumulate {args.accumulate}")
     torch.manual_seed(recipe["seed"])                   # the same first weights on all processes
-    model = DiT(DiTConfig(**ckpt["config"]["model"])) if ckpt else \
-        build(network_name(recipe["model"]), size, C, dataset.classes)
-    if (model.config.channels, model.config.size, model.config.classes) != (C, size, dataset.classes):
+    model = build(network_name(recipe["model"]), size, C, dataset.classes)
+    if ckpt and ckpt["config"]["model"] != vars(model.config):
         raise ValueError(f"{recipe['data']} has other sizes or classes than the run that is to be resumed")
     if args.init_from and not ckpt:
         init_from(model, args.init_from, say)
     model.to(device)
     model.recompute = args.recompute
     ema = copy.deepcopy(model).requires_grad_(False)           # the averaged weights
-    betas = recipe["beta1"], recipe["beta2"]
-    optimizer = torch.optim.Adam(model.parameters(), recipe["lr"], betas, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(recipe["beta1"], recipe["beta2"]), fused=True)
     if ckpt:
         model.load_state_dict(ckpt["net"])
         ema.load_state_dict(ckpt["ema"])
@@ -297,14 +289,16 @@ def assemble(args, rank, world, device):
     start = ckpt["step"] if ckpt else 0
     if start > recipe["steps"]:
         raise ValueError(f"that run has done {start} steps: give more --steps")
-    cuda, latents = device.type == "cuda", latents_of(dataset)
-    # Only what goes into and out of products is rounded: weights, targets, residual stream, norms, times and
-    # loss are float32.
-    precision = args.precision or ("bf16" if cuda else "fp32")
+    latents = None
+    if isinstance(dataset, data.Latents):               # what a checkpoint must hold, to decode samples
+        latents = {"mean": dataset.mean, "std": dataset.std, "vae": dataset.about["vae"]}
+    cuda = device.type == "cuda"
     return SimpleNamespace(
         args=args, recipe=recipe, dataset=dataset, out=out, start=start, rank=rank, world=world, say=say,
-        device=device, model=model, ema=ema, optimizer=optimizer, precision=precision,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        device=device, model=model, ema=ema, optimizer=optimizer, latents=latents,
+        # Only what goes into and out of products is rounded: weights, targets, residual stream, norms, times
+        # and loss are float32.
+        precision=args.precision or ("bf16" if cuda else "fp32"),
         # To decode one latent takes a CPU seconds: no pictures then.
         decode=sample.decoder(latents, device) if cuda or not latents else None)
 
@@ -320,18 +314,11 @@ def init_from(model, path, say):
     say(f"init-from {path}: {len(fits)} of {len(ours)} tensors; new here: {new}")
 
 
-def latents_of(dataset):
-    """What a checkpoint must hold of latents, so that samples can be decoded; None for pictures."""
-    if isinstance(dataset, data.Latents):
-        return {"mean": dataset.mean.cpu(), "std": dataset.std.cpu(), "vae": dataset.about["vae"]}
-
-
 def save(run, finished):
     """Written beside it, flushed, renamed: whenever we are killed, ckpt.pt is a whole checkpoint."""
     ckpt = {"format": FORMAT, "net": run.model.state_dict(), "ema": run.ema.state_dict(),
             "optimizer": run.optimizer.state_dict(), "step": finished, "data": run.dataset.describe(),
-            "config": {"model": dataclasses.asdict(run.model.config), "recipe": run.recipe},
-            "latents": latents_of(run.dataset)}
+            "config": {"model": vars(run.model.config), "recipe": run.recipe}, "latents": run.latents}
     try:
         with data.replacing(run.out / "ckpt.pt") as file:
             torch.save(ckpt, file)
@@ -346,8 +333,8 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, 
 
 def flops_of_forward(model):
     """FLOPs of one forward for one picture, as PyTorch counts them; a multiply-add is two."""
-    shape, device = (1, model.config.channels, *[model.config.size] * 2), next(model.parameters()).device
-    z, t = torch.zeros(shape, device=device), torch.zeros(1, device=device)
+    z = model.pos_embed.new_zeros(1, model.config.channels, model.config.size, model.config.size)
+    t = z.new_zeros(1)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(z, t, t, t.long())                        # attention as plain products: others it cannot count
     return counter.get_total_flops()
@@ -369,26 +356,35 @@ def forwards_of_step(recipe, alpha):
 def utilisation(run, alpha, images_per_s):
     """Share of the GPUs' bf16 peak that the counted FLOPs are; None where the peak is not known."""
     name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
-    peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
-    flops = images_per_s * forwards_of_step(run.recipe, alpha) * run.flops
-    return peak and flops / (peak * 1e12 * run.world)
+    for key, peak in PEAK_TFLOPS.items():
+        if key in name:
+            return images_per_s * forwards_of_step(run.recipe, alpha) * run.flops / (peak * 1e12 * run.world)
 
 
 # ---- reports ---------------------------------------------------------------------------------------
 
-def open_log(run):
-    """A function that writes a line of log.jsonl; a resumed run first drops those that it will do again."""
-    path = run.out / "log.jsonl"
-    old = path.read_text().splitlines() if run.start and path.exists() else []
-    old = [line for line in old if line.endswith("}") and json.loads(line)["step"] < run.start]
+def open_folder(run):
+    """Prepare the folder of the run: a log that ends where the run goes on, nothing else of an older run."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    (run.out / "recipe.json").write_text(json.dumps(run.recipe, indent=1) + "\n")
+    path, old = run.out / "log.jsonl", []
+    if run.start == 0:                                  # with --overwrite there can be an older run
+        for file in (*run.out.glob("ckpt.pt"), *run.out.glob("samples_*.png")):
+            file.unlink()
+    elif path.exists():
+        old = [line for line in path.read_text().splitlines(keepends=True)      # the last can be cut short
+               if line.endswith("}\n") and json.loads(line)["step"] < run.start]
     with data.replacing(path) as file:
-        file.write("".join(line + "\n" for line in old).encode())
-    file = open(path, "a", buffering=1)
+        file.write("".join(old).encode())
 
-    def write(**line):
-        file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
-                               for k, v in line.items() if v is not None}) + "\n")
-    return write
+
+def log(run, step, values):
+    """Add a line to log.jsonl, and return what it says."""
+    line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items() if v is not None}
+    if run.rank == 0:
+        with open(run.out / "log.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **line}) + "\n")
+    return line
 
 
 def preview(run, done):
@@ -401,54 +397,50 @@ def preview(run, done):
     sample.contact_sheet(torch.cat(pictures), columns, names).save(run.out / f"samples_{done:07d}.png")
 
 
+PANELS = [      # of curve.png: what one says, its lowest value, its numbers in log.jsonl, black and red
+    ("alpha: the share of a jump that is walked along v; 0 is MeanFlow", 0, ["alpha"]),
+    ("err: mean squared error of rows with r = t (black) and with r < t (red)", 0, ["err_fm", "err_jump"]),
+    ("tangent: mean |delta du/dt|, the part of a target that can run away", 0, ["tangent"]),
+    ("conflict: cosine of the gradients of L_TFM and L_TC at alpha = 0 (black) and at alpha now (red)", -1,
+     ["cos_tfm_tc", "cos_tfm_tc_now"]),
+]
+
+
 def curve(run, width=1600, height=300):
     """A picture of log.jsonl, one panel a message, the steps from left to right."""
     rows = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
     fm = run.recipe["fm_ratio"]
+    share = {"err_fm": fm or 1, "err_jump": 1 - fm or 1}            # the log has means over the whole batch
 
-    def line(key, share=1):
-        return [(row["step"], row[key] / share) for row in rows if key in row] if share else []
+    def line(name):
+        return [(row["step"], row[name] / share.get(name, 1)) for row in rows if name in row]
 
-    panels = [
-        ("alpha: the share of a jump that is walked along v; 0 is MeanFlow", {"": line("alpha")}),
-        ("err: mean squared error, by kind of row",
-         {"r = t": line("err_fm", fm), "r < t": line("err_jump", 1 - fm)}),
-        ("tangent: mean |delta du/dt|, the part of a target that can run away", {"": line("tangent")}),
-        ("conflict: cosine of the gradients of L_TFM and L_TC; -1 if they cancel",
-         {"at alpha = 0": line("cos_tfm_tc"), "at alpha now": line("cos_tfm_tc_now")}),
-    ]
-    panels = [(title, lines) for title, lines in panels if any(lines.values())]
+    panels = [panel for panel in PANELS if line(panel[2][0])]
     image = Image.new("RGB", (width, height * len(panels)), "white")
-    for i, (title, lines) in enumerate(panels):
-        draw_panel(ImageDraw.Draw(image), i * height, width, height, title, lines, run.recipe["steps"])
+    pen, font, left, right = ImageDraw.Draw(image), ImageFont.load_default(28), 130, width - 20
+    for i, (title, low, names) in enumerate(panels):
+        ceiling, floor = i * height + 60, (i + 1) * height - 24
+        values = sorted(value for name in names for _, value in line(name))
+        high = 1.0 if low < 0 else values[int(0.99 * (len(values) - 1))] or 1.0     # but for rare spikes
+        pen.text((left, ceiling - 50), title, fill="black", font=font)
+        for value, y in ((high, ceiling), (low, floor)):
+            pen.line([(left, y), (right, y)], fill="#cccccc", width=2)
+            pen.text((left - 12, y), f"{value:.2g}", fill="#888888", font=font, anchor="rm")
+        for name, colour in zip(names, ("black", "#d62728")):
+            scale = (floor - ceiling) / (high - low)
+            at = [(left + (right - left) * step / run.recipe["steps"],
+                   floor - scale * (min(max(value, low), high) - low)) for step, value in line(name)]
+            pen.line(at, fill=colour, width=4)
     image.reduce(2).save(run.out / "curve.png")         # drawn at twice the size, for smooth lines
-
-
-def draw_panel(pen, top, width, height, title, lines, steps):
-    """One panel of curve(). lines: {name: [(step, value), ...]}, two at most."""
-    font, left, right = ImageFont.load_default(28), 130, width - 20
-    ceiling, floor = top + 60, top + height - 24
-    values = sorted(value for points in lines.values() for _, value in points)
-    high = values[int(0.99 * (len(values) - 1))] or 1.0             # a rare spike may not flatten the rest
-    low, high = (-1, 1) if "cosine" in title else (0, high)
-    pen.text((left, top + 10), title, fill="black", font=font)
-    for value, y in ((high, ceiling), (low, floor)):
-        pen.line([(left, y), (right, y)], fill="#cccccc", width=2)
-        pen.text((left - 12, y), f"{value:.2g}", fill="#888888", font=font, anchor="rm")
-    for i, (name, points) in enumerate(lines.items()):
-        colour, scale = ("black", "#d62728")[i], (floor - ceiling) / (high - low)
-        at = [(left + (right - left) * step / steps, floor - scale * (min(max(value, low), high) - low))
-              for step, value in points]
-        pen.line(at, fill=colour, width=4)
-        pen.text((right - 200 * i, top + 10), name, fill=colour, font=font, anchor="ra")
 
 
 def evaluation(run):
     """A function -> {"FID 1 NFE": ..., ...} of the EMA weights now, which all processes call together."""
-    args = run.args
-    real, stats = fid.open_ref(args.eval_ref) if args.eval_ref else (fid.from_dataset(run.dataset), None)
-    count = args.eval_samples or min(50_000, real.count if real else 50_000)
-    counts = run.dataset.describe()["label_counts"]
+    if not run.decode:
+        raise ValueError("--eval-every on latents needs a GPU")
+    ref, counts = run.args.eval_ref, run.dataset.describe()["label_counts"]
+    real, stats = fid.open_ref(ref) if ref else (fid.from_dataset(run.dataset), None)
+    count = run.args.eval_samples or min(50_000, real.count if real else 50_000)
     labels = sample.make_labels("data", count, run.dataset.classes, 0, counts)
     made = {nfe: fid.from_network(run.ema, run.decode, labels, sample.uniform_grid(nfe), "ode", 0, {})
             for nfe in (1, 2)}                          # drawn anew whenever they are measured
@@ -456,13 +448,12 @@ def evaluation(run):
     fid.check_comparable(made[1], extractors, real, stats)
     theirs = stats or fid.measure(real, extractors)[0]
     run.say(f"evaluation: {count} pictures of the EMA weights, labels as in the data, seed 0, against "
-            f"{args.eval_ref or run.dataset.name}; {extractors[0].name}")
+            f"{ref or run.dataset.name}; {extractors[0].name}")
 
     def evaluate():
         values = {}
         for nfe, pictures in made.items():
-            [ours] = fid.measure(pictures, extractors)
-            found = fid.compare(extractors[0], ours, theirs)
+            found = fid.compare(extractors[0], *fid.measure(pictures, extractors), theirs)
             values |= {f"{title} {nfe} NFE": value for title, value in found.items()}
         return values
     return evaluate
@@ -470,24 +461,16 @@ def evaluation(run):
 
 def conflict(run, alpha):
     """The paper's measurement at α = 0 and at the current α, on a fixed micro-batch and the raw weights."""
-    rows, numbers = own_rows(run, 0), random_numbers(run.recipe, 0, run.dataset, run.device)
-    x, y = run.dataset.batch(0, rows.start, rows.step, run.recipe["batch"])
-    posterior = numbers["posterior"][rows] if "posterior" in numbers else None
-    x = run.dataset.sample(x.to(run.device), posterior)
+    numbers, (rows, x, y) = random_numbers(run, 0), next(micro_batches(run, 0))
+    x = run.dataset.sample(x.to(run.device), numbers["posterior"][rows])
     t, r = sample_times(len(x), 0.0, run.recipe["time_mean"], run.recipe["time_std"], data.generator(0))
-    options = {k: run.recipe[k] for k in ("omega", "kappa", "t_min", "t_max")}
-    options.update(e=numbers["e"][rows], t=t, r=r, null=run.model.config.classes)
+    options = {k: run.objective[k] for k in ("omega", "kappa", "t_min", "t_max", "null")}
+    options.update(e=numbers["e"][rows], t=t, r=r)
     now = gradient_conflict(run.model, x, y, alpha, **options) if alpha > 0 else {}
     return gradient_conflict(run.model, x, y, 0.0, **options) | {f"{k}_now": v for k, v in now.items()}
 
 
 # ---- compiled blocks -------------------------------------------------------------------------------
-
-def eager_du_dt(net, z, t, r, v, y):
-    """du/dt without the compiler, which would compile each block once more for forward mode."""
-    with torch.compiler.set_stance("force_eager"):
-        return du_dt(net, z, t, r, v, y)
-
 
 def compile_blocks(run):
     """Compile each block, and call the objective at every kind of α, so that no program is made later.
@@ -499,98 +482,61 @@ def compile_blocks(run):
     torch._dynamo.config.optimize_ddp = False           # which would cut the blocks once more
     for block in run.model.blocks:
         block.compile()
-    numbers, rows, problem = random_numbers(run.recipe, 0, run.dataset, run.device), own_rows(run, 0), None
-    mine = {name: numbers[name][rows] for name in ("e", "t", "r", "drop")}
-    x, y = torch.zeros_like(mine["e"]), torch.zeros(len(mine["t"]), dtype=torch.long)
+    numbers, n, problem = random_numbers(run, 0), run.world * run.args.accumulate, ""
     try:
         for alpha in (1.0, 0.5, 0.5, 0.0):
-            with run.autocast:
-                loss, _ = alpha_flow_loss(run.model, x, y, alpha, **mine, **run.objective)
-            loss.backward()
-            mine["r"][-1] = mine["t"][-1]               # two times can be equal by chance: one jump fewer
-    except torch.OutOfMemoryError:
-        raise                                           # no fault of the compiler
+            backward(run, micro_batches(run, 0), numbers, alpha)
+            numbers["r"][-n:] = numbers["t"][-n:]       # two times can be equal by chance: one jump fewer
     except Exception as error:                          # which can raise nearly anything
-        problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    run.optimizer.zero_grad(set_to_none=True)
-    problem = next(filter(None, of_all_processes(run, problem)), None)
-    if problem:
+        problem = repr(error)[:200]
+    run.optimizer.zero_grad()                           # no step was made
+    if any(fid.of_all(torch.tensor([len(problem)]))):
         torch.compiler.set_stance("force_eager")
-        run.say(f"the compiler failed, so the run goes on without it ({problem})")
+        run.say(f"the compiler failed, so the run goes on without it ({problem or 'in another process'})")
 
 
 # ---- training --------------------------------------------------------------------------------------
 
-def of_all_processes(run, value):
-    """A list of what `value` is on each process."""
-    values = [value] * run.world
-    if run.world > 1:
-        dist.all_gather_object(values, value)
-    return values
+def micro_batches(run, start):
+    """All that is to be seen from step `start` on, in order: (rows, x, y), labels y on the CPU (see loss.py).
 
-
-def catch_signals():
-    """A list that is not empty once SIGTERM or Ctrl-C has come. A second Ctrl-C interrupts at once."""
-    caught = []
-
-    def handle(number, frame):
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-    return caught
-
-
-def own_rows(run, m):
-    """The rows of the global batch in micro-batch m of this process: every (world·accumulate)-th.
-
-    With a stride and not in blocks, because the first rows are the cheap ones with r = t.
+    rows: which ones of the global batch. With a stride, because the first ones are the cheap ones with r = t.
     """
-    return slice(run.rank + run.world * m, None, run.world * run.args.accumulate)
+    parts = run.world * run.args.accumulate
+    for step in range(start, run.recipe["steps"]):
+        for first in range(run.rank, parts, run.world):
+            x, y = run.dataset.batch(step, first, parts, run.recipe["batch"])
+            yield slice(first, None, parts), x.pin_memory() if run.device.type == "cuda" else x, y
 
 
-def micro_batches(run):
-    """All that is still to be seen, in order; labels stay on the CPU (see loss.py)."""
-    for step in range(run.start, run.recipe["steps"]):
-        for m in range(run.args.accumulate):
-            rows = own_rows(run, m)
-            x, y = run.dataset.batch(step, rows.start, rows.step, run.recipe["batch"])
-            yield x.pin_memory() if run.device.type == "cuda" else x, y
-
-
-def backward(run, loader, step, alpha):
+def backward(run, loader, numbers, alpha):
     """Add up the gradients of one step over its micro-batches. Returns the mean statistics."""
-    numbers, total = random_numbers(run.recipe, step, run.dataset, run.device), {}
-    for m in range(run.args.accumulate):
-        (x, y), mine = next(loader), {k: v[own_rows(run, m)] for k, v in numbers.items()}
-        x = x.to(run.device, non_blocking=True)
-        x = run.dataset.sample(x, mine.pop("posterior", None))                      # (b, C, H, W)
-        last = m == run.args.accumulate - 1 or run.world == 1
-        with contextlib.nullcontext() if last else run.ddp_model.no_sync():         # DDP averages once
-            with run.autocast:
-                loss, stats = alpha_flow_loss(run.ddp_model, x, y, alpha, **mine, **run.objective)
-            (loss / run.args.accumulate).backward()
+    total, n = {}, run.args.accumulate
+    for m in range(n):
+        rows, x, y = next(loader)                       # (b, C, H, W) and (b,), or moments (b, 2C, H, W)
+        mine = {name: values[rows] for name, values in numbers.items()}
+        x = run.dataset.sample(x.to(run.device, non_blocking=True), mine.pop("posterior"))  # (b, C, H, W)
+        run.ddp_model.require_backward_grad_sync = m == n - 1       # DDP averages once
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            loss, stats = alpha_flow_loss(run.ddp_model, x, y, alpha, **mine, **run.objective)
+        (loss / n).backward()
         for name, value in {"loss": loss.detach(), **stats}.items():
-            total[name] = total.get(name, 0) + value / run.args.accumulate
+            total[name] = total.get(name, 0) + value / n
     return total
 
 
-def mean_over_processes(stats):
-    """The statistics as floats, averaged over the processes (their batches are equally large)."""
-    values = fid.of_all(torch.stack(list(stats.values())).float())
-    return dict(zip(stats, torch.stack(values).mean(0).tolist()))
-
-
-def train(run, evaluate=None):
+def train(run):
     """The loop. Step k is a function of the state after step k-1 and of (seed, k): to resume is to go on."""
     args, recipe, steps = run.args, run.recipe, run.recipe["steps"]
-    write, loader, stop = run.rank == 0 and open_log(run), data.prefetch(micro_batches(run)), catch_signals()
+    loader, stop = data.prefetch(micro_batches(run, run.start)), []
+    for number in (signal.SIGTERM, signal.SIGINT):      # the latter is Ctrl-C; Ctrl-\ ends a run at once
+        signal.signal(number, lambda *_: stop.append(True))
     parameters, averages = list(run.model.parameters()), list(run.ema.parameters())
-    clock, logged, saved = time.perf_counter(), run.start - 1, time.monotonic()
+    logged, clock, saved = run.start - 1, time.perf_counter(), time.perf_counter()
     bar = tqdm(range(run.start, steps), initial=run.start, total=steps, disable=True if run.rank else None)
     for step in bar:
         alpha = alpha_of(recipe, step)
-        stats = backward(run, loader, step, alpha)      # targets, loss, gradients
+        stats = backward(run, loader, random_numbers(run, step), alpha)     # targets, loss, gradients
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not math.isfinite(norm + stats["loss"]):     # here the host waits for the device
             raise ValueError(f"loss or gradient of step {step} is not finite (alpha {alpha:g}): the last "
@@ -599,30 +545,30 @@ def train(run, evaluate=None):
             torch.nn.utils.clip_grads_with_norm_(parameters, recipe["grad_clip"], norm)
         run.optimizer.param_groups[0]["lr"] = lr_at(recipe, step)      # warm-up and decay
         run.optimizer.step()                            # Adam
-        run.optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - ema_decay(recipe, step))        # the EMA
 
         done = step + 1
         # All must stop at the same step, and to ask the others costs time.
         asked = run.world == 1 or step % 10 == 0
-        stopping = done == steps or asked and any(of_all_processes(run, bool(stop)))
-        measuring = evaluate and (done % args.eval_every == 0 or done == steps)
+        stopping = done == steps or asked and any(fid.of_all(torch.tensor([len(stop)])))
+        measuring = args.eval_every and (done % args.eval_every == 0 or done == steps)
         began = time.perf_counter()
         if step % args.log_every == 0 or stopping:
             speed = recipe["batch"] * (step - logged) / (began - clock)
-            stats, mfu = mean_over_processes(stats), utilisation(run, alpha, speed)
+            means = torch.stack(fid.of_all(torch.stack(list(stats.values())))).mean(0)      # over processes
+            row = dict(zip(stats, means.tolist()), alpha=alpha, lr=lr_at(recipe, step), grad_norm=norm.item(),
+                       images_per_s=speed, mfu=utilisation(run, alpha, speed),
+                       memory_mb=memory_mb(run.device))
+            log(run, step, row)
+            bar.set_postfix(alpha=alpha, err=row["err"], images_per_s=speed, mfu=row["mfu"])
             logged, clock = step, began
-            bar.set_postfix(alpha=f"{alpha:.3g}", err=f"{stats['err']:.3g}", img_s=f"{speed:.4g}",
-                            **({"mfu": f"{mfu:.0%}"} if mfu else {}))
-            if write:
-                write(step=step, **stats, alpha=alpha, lr=lr_at(recipe, step), grad_norm=norm.item(),
-                      images_per_s=speed, mfu=mfu, memory_mb=memory_mb(run.device))
-        if write and (stopping or measuring or time.monotonic() - saved > 60 * args.save_every):
+        if run.rank == 0 and (stopping or measuring or began - saved > 60 * args.save_every):
             save(run, done)                             # before what takes long or can fail
-            saved = time.monotonic()
+            saved = began
         with torch.compiler.set_stance("force_eager"):              # pictures would need other programs
-            report(run, step, alpha, write, evaluate if measuring else None, bar)
+            report(run, step, alpha, measuring)
         clock += time.perf_counter() - began            # images_per_s is about training alone
         if stopping:
             return done
@@ -637,83 +583,69 @@ def memory_mb(device):
     return peak / 2**(20 if sys.platform == "darwin" else 10)
 
 
-def report(run, step, alpha, write, evaluate, bar):
+def report(run, step, alpha, measuring):
     """Pictures, curves and measurements, where they are due after step `step`."""
-    args, done, steps = run.args, step + 1, run.recipe["steps"]
-    if write and args.conflict_every and step % args.conflict_every == 0:
-        write(step=step, **conflict(run, alpha))
-    if write and (done % (args.preview_every or max(1, steps // 10)) == 0 or done == steps):
+    args, done, steps, first = run.args, step + 1, run.recipe["steps"], run.rank == 0
+    if first and args.conflict_every and step % args.conflict_every == 0:
+        log(run, step, conflict(run, alpha))
+    if first and (done % (args.preview_every or max(1, steps // 10)) == 0 or done == steps):
         try:
             if run.decode:
                 preview(run, done)
             curve(run)
         except (OSError, ValueError, RuntimeError) as error:        # a picture is not worth the run
-            bar.write(f"no pictures after step {step}: {error}", file=sys.stderr)
-    if evaluate:
-        values = evaluate()
-        if write:
-            write(step=step, **values)
-            bar.write(f"step {step}: " + ", ".join(f"{k} {v if isinstance(v, tuple) else round(v, 4)}"
-                                                   for k, v in values.items()))
+            run.say(f"no pictures after step {step}: {error}")
+    if measuring:
+        values = log(run, step, run.evaluate())         # all processes take part
+        run.say(f"step {step}: {values}")
 
 
 def introduce(run):
     """Say what runs here: network, data, recipe, cost."""
-    about, recipe = run.dataset.describe(), dict(run.recipe)
+    recipe, dataset, run.flops = dict(run.recipe), run.dataset, flops_of_forward(run.model)
     # The half-life that is reached: in a short run the ramp ends below it.
     recipe["ema_half_life"] = min(recipe["ema_half_life"], round(recipe["ema_ramp"] * recipe["steps"], 3))
-    run.say(f"{recipe['model']}, {sum(p.numel() for p in run.model.parameters()):,} parameters, on "
-            f"{about['name']}, {about['count']:,} of {'x'.join(map(str, about['shape']))}; {run.device}, "
-            f"{run.world} process{'es' * (run.world > 1)}, {run.precision} products")
+    run.say(f"{recipe['model']}, {sum(p.numel() for p in run.model.parameters()):,} parameters, "
+            f"{run.flops / 1e9:.3g} GFLOPs a forward, on {dataset.name}, {len(dataset):,} of "
+            f"{'x'.join(map(str, dataset.shape))}; {run.device}, {run.world} "
+            f"process{'es' * (run.world > 1)}, {run.precision} products")
     run.say(textwrap.fill("recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items()), 110))
-    run.flops = flops_of_forward(run.model)
-    costs = (f"{forwards_of_step(recipe, alpha) * recipe['batch'] * run.flops / 1e12:.3g} at α = {alpha}"
-             for alpha in (1, 0.5, 0))
-    going_on = f"; resuming at step {run.start}" if run.start else "; no run to resume yet: starting one"
-    run.say(f"TFLOPs a step: {', '.join(costs)}" + going_on * run.args.resume)
-
-
-def write_recipe(run):
-    """Write recipe.json into the folder of the run; with --overwrite, delete the old run's files."""
-    run.out.mkdir(parents=True, exist_ok=True)
-    (run.out / "recipe.json").write_text(json.dumps(run.recipe, indent=1) + "\n")
-    for old in (run.out / "ckpt.pt", *run.out.glob("samples_*.png")):
-        if run.start == 0:
-            old.unlink(missing_ok=True)
+    if run.args.resume:
+        run.say(f"resuming at step {run.start}" if run.start else "no run to resume yet: starting one")
 
 
 def main():
     args = parse_flags()
     run = assemble(args, *data.place(args.device))
-    if args.eval_every and not run.decode:
-        raise ValueError("--eval-every on latents needs a GPU")
     introduce(run)
     cuda = run.device.type == "cuda"
     data.meet("nccl" if cuda else "gloo", minutes=60)
-    if len(set(of_all_processes(run, run.start))) > 1:
+    if any(start != run.start for start in fid.of_all(torch.tensor([run.start]))):
         raise ValueError("the processes would start at different steps: all must see the same --out")
-    evaluate = evaluation(run) if args.eval_every else None
+    if args.eval_every:
+        run.evaluate = evaluation(run)
 
     names = ("omega", "kappa", "t_min", "t_max", "label_drop", "clip", "c", "shrink_c")
     # The prediction goes through DDP, whose backward averages gradients; targets need none and do without.
     run.objective = {name: run.recipe[name] for name in names} | dict(
-        null=run.model.config.classes, target_net=run.model, derivative=eager_du_dt)
+        null=run.model.config.classes, target_net=run.model,
+        # The compiler would make one more program of each block for forward mode.
+        derivative=torch.compiler.set_stance("force_eager")(du_dt))
+    run.ddp_model = run.model                           # no other process need be there to compile
     if cuda if args.compile is None else args.compile:
         compile_blocks(run)
-    run.ddp_model = run.model if run.world == 1 else DistributedDataParallel(
-        run.model, device_ids=[run.device] if cuda else None, gradient_as_bucket_view=True)  # no second copy
+    if run.world > 1:
+        run.ddp_model = DistributedDataParallel(run.model, gradient_as_bucket_view=True)    # no second copy
     if run.rank == 0:
-        write_recipe(run)                               # what could be wrong with the command has been seen
-    done, ckpt = train(run, evaluate), run.out / "ckpt.pt"
+        open_folder(run)                                # what could be wrong with the command has been seen
+    done = train(run)
     if done < run.recipe["steps"]:
         run.say(f"stopped after step {done}, saved; the same command with --resume goes on")
-    elif run.rank == 0:
-        if run.decode:
-            labels = torch.arange(10) % run.dataset.classes
-            sample.trajectory(run.ema, run.decode, labels, run.out / "trajectory.gif")
-        print(f"done: {run.out}/ holds ckpt.pt, log.jsonl, curve.png"
-              f"{', samples_*.png, trajectory.gif' if run.decode else ''}. "
-              f"Next: python sample.py --ckpt {ckpt} --nfe 1")
+        return
+    if run.rank == 0 and run.decode:
+        labels = torch.arange(10) % run.dataset.classes
+        sample.trajectory(run.ema, run.decode, labels, run.out / "trajectory.gif")
+    run.say(f"done: the run is in {run.out}/. Next: python sample.py --ckpt {run.out}/ckpt.pt --nfe 1")
 
 
 if __name__ == "__main__":

@@ -429,7 +429,7 @@ def test_the_published_recipes(resolved, model, network, changes):
 
 
 @pytest.mark.parametrize("flags, model", [
-    ("", "Ti/2"), ("--data digits", "Ti/2"), ("--data mnist", "Ti/4"), ("--data cifar10", "Mi/2"),
+    ("", "Na/2"), ("--data digits", "Na/2"), ("--data mnist", "Ti/4"), ("--data cifar10", "Mi/2"),
     ("--data birds", "Mi/4"), ("--data data/mine", "Mi/4"), ("--data imagenet256", "B/2"),
     ("--data mine --model B/4", "B/4"),
 ])
@@ -563,7 +563,7 @@ def test_own_pictures_from_a_folder_to_samples(tmp_path):
     call(tmp_path, "data.py", "folder", "--src", "src", "--size", 8, "--out", "data/mine").ok()
     flags = ["--batch", 2, "--steps", 2, "--device", "cpu", "--log-every", 1, "--preview-every", 2]
     said = call(tmp_path, "train.py", "--data", "mine", *flags).ok().out
-    assert said.startswith("Ti/2, ") and "6 of 3x8x8" in said and names(tmp_path / "out" / "mine") == {
+    assert said.startswith("Na/2, ") and "6 of 3x8x8" in said and names(tmp_path / "out" / "mine") == {
         "ckpt.pt", "log.jsonl", "recipe.json", "curve.png", "samples_0000002.png", "trajectory.gif"}
 
     with np.load(ROOT / "tests" / "golden" / "vae.npz") as file:
