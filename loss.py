@@ -1,5 +1,4 @@
-"""The α-Flow objective (Zhang et al., "AlphaFlow: Understanding and Improving MeanFlow Models", ICLR 2026,
-arXiv 2510.20771).
+"""The α-Flow objective (Zhang et al., "AlphaFlow", ICLR 2026, arXiv 2510.20771).
 
 A network u(z, t, r, y) learns the *average velocity* of the jump from time t down to time r, so that
 one or two jumps take noise (t = 1) to data (t = 0). With x data, e noise and Δ = t - r,
@@ -8,13 +7,11 @@ one or two jumps take noise (t = 1) to data (t = 0). With x data, e noise and Δ
     u_target = α·v + (1-α)·u(z - αΔ·v, t - αΔ, r, y)                                     0 < α <= 1
 
 that is: walk the share α of the jump along v, then let the network jump the rest. α = 1 is trajectory
-flow matching; α = 1/2 has the step length of the Shortcut model, which takes the first half with the
-network, too; and α → 0 tends to MeanFlow, u_target = v - Δ·du/dt. A curriculum anneals α from 1 to 0.
-Rows with r = t learn v itself, which is plain flow matching.
+flow matching, α = 1/2 has the step length of the Shortcut model, and α → 0 tends to MeanFlow's target,
+v - Δ·du/dt. A curriculum anneals α from 1 to 0. Rows with r = t learn v itself: plain flow matching.
 
-The functions stand in the order of a training step and take any callable net(z, t, r, y) -> u. Images
-are (B, C, H, W), times and labels (B,). Leave times and labels on the CPU: which rows need which pass
-is then known without waiting for a GPU.
+The functions stand in the order of a training step and take any callable net(z, t, r, y) -> u. Leave
+times and labels on the CPU: which rows need which pass is then known without waiting for a GPU.
 """
 import math
 import warnings
@@ -22,18 +19,17 @@ import warnings
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# ---- 1. the curriculum: which α at which step ------------------------------------------------------
+# ---- 1. the curriculum and the times ---------------------------------------------------------------
 
 SCHEDULES = ("constant", "step", "linear", "log", "exponential", "sigmoid", "cosine")
 
 
 def alpha_at(step, steps, schedule, window=(0.0, 1.0), start=1.0, end=0.0, gamma=25.0, clamp=0.005):
-    """α for step `step` = 0, 1, ... of `steps` (α-Flow §4 and appendix; `cosine` is ours).
+    """α, a float in [0, 1], at `step` = 0, 1, ... of `steps` (α-Flow §4 and appendix; `cosine` is ours).
 
-    window: α moves between these two fractions of the run, so that a shorter run still goes through it.
-    Before it α = start, after it α = end; `constant` stays at start, `step` jumps from start to end
-    where the window begins. gamma: the steepness of sigmoid and exponential. clamp: η; an α that moves
-    snaps to 0 below η and to 1 above 1-η. Returns a float in [0, 1]. ValueError for no such schedule.
+    window: α moves from start to end between these two fractions of the run; `constant` stays at start,
+    `step` jumps where the window begins. gamma: the steepness of sigmoid and exponential. clamp: η; an α
+    that moves snaps to 0 below η and to 1 above 1-η. ValueError for settings out of range.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown alpha schedule {schedule!r}: give one of {', '.join(SCHEDULES)}")
@@ -65,8 +61,6 @@ def alpha_at(step, steps, schedule, window=(0.0, 1.0), start=1.0, end=0.0, gamma
     return 0.0 if alpha < clamp else 1.0 if alpha > 1 - clamp else float(alpha)
 
 
-# ---- 2. times --------------------------------------------------------------------------------------
-
 def sample_times(n, fm_ratio, mean=-0.4, std=1.0, generator=None):
     """Times for n rows: t, r with r <= t, both (n,) float32 on the CPU (α-Flow §5.1).
 
@@ -81,7 +75,7 @@ def sample_times(n, fm_ratio, mean=-0.4, std=1.0, generator=None):
     return torch.maximum(a, b), torch.minimum(a, b)
 
 
-# ---- 3. the velocity, guided -----------------------------------------------------------------------
+# ---- 2. the target, from a guided velocity ---------------------------------------------------------
 
 @torch.no_grad()
 def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u=None):
@@ -89,9 +83,8 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
 
         v_guided = ω·v + κ·u(z, t, t, y) + (1-ω-κ)·u(z, t, t, null)
 
-    Rows outside keep v. z, v: (B, C, H, W). t, y: (B,). null: the index of the null label. r, u: optional,
-    the prediction u(z, t, r, y): where r = t it is u(z, t, t, y) already, which saves a pass.
-    Returns (B, C, H, W), without gradient. ValueError if null is missing.
+    Rows outside keep v. z, v: (B, C, H, W). t, y: (B,). r, u: optional, the prediction u(z, t, r, y), which
+    saves a pass where r = t. Returns (B, C, H, W), without gradient. ValueError if null is missing.
     """
     if omega == 1 and kappa == 0:
         return v.detach()
@@ -99,10 +92,9 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
         raise ValueError("guidance needs null, the index of the null label")
     guided = (t_min < t) & (t < t_max)                                              # strict, as published
     unknown = guided if u is None else guided & (t != r)    # rows whose u(z, t, t, y) is not known yet
-    guided, unknown = on(z, guided.nonzero().squeeze(1), unknown.nonzero().squeeze(1))  # row numbers
+    guided, unknown, t, y = on(z, guided.nonzero().squeeze(1), unknown.nonzero().squeeze(1), t, y)
     if not len(guided):
         return v.detach()
-    t, y = on(z, t, y)
     both = torch.cat([unknown, guided])                 # one call of the network for both branches
     labels = torch.cat([y[unknown], torch.full_like(guided, null)])
     out = net(z[both], t[both], t[both], labels).to(v.dtype)
@@ -111,8 +103,6 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
     u_null = out[len(unknown):]
     return v.index_copy(0, guided, omega * v[guided] + kappa * u_y + (1 - omega - kappa) * u_null)
 
-
-# ---- 4. the target ---------------------------------------------------------------------------------
 
 def du_dt(net, z, t, r, v, y):
     """The total derivative of u along the trajectory at fixed r, ∂u/∂z·v + ∂u/∂t (MeanFlow eq. 8).
@@ -136,8 +126,7 @@ def u_target(net, z, t, r, v, y, alpha, clip=4.0, derivative=du_dt):
         r < t, α > 0        clip( α·v + (1-α)·u(z - αΔ·v, t - αΔ, r, y), ±clip )       Δ = t - r
         r < t, α = 0        v - Δ·du/dt                                                (not clipped)
 
-    z, v: (B, C, H, W), v guided or not. t, r, y: (B,); rows of both kinds in any mixture and order.
-    derivative: how to compute du/dt. ValueError if alpha is outside [0, 1].
+    z, v: (B, C, H, W). t, r, y: (B,), rows in any order. ValueError if alpha is outside [0, 1].
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
@@ -158,7 +147,7 @@ def u_target(net, z, t, r, v, y, alpha, clip=4.0, derivative=du_dt):
     return v.index_copy(0, rows, target.to(v.dtype))    # the other rows keep v
 
 
-# ---- 5. the loss -----------------------------------------------------------------------------------
+# ---- 3. the loss -----------------------------------------------------------------------------------
 
 def adaptive_weight(err, alpha=0.0, jump=None, c=1e-3, shrink_c=False):
     """The weight of each row's error: (B,), without gradient (MeanFlow §4.3 with p = 1; α-Flow eq. 11).
@@ -167,9 +156,9 @@ def adaptive_weight(err, alpha=0.0, jump=None, c=1e-3, shrink_c=False):
         α / (err + c)          rows with r < t at α > 0
 
     err: (B,) mean squared errors. jump: (B,) bool, True where r < t; None means nowhere.
-    shrink_c: c·α² in the second line. Near the end of the curriculum err ~ α² there, and a fixed c
-    starves these rows: their gradient falls to 0.22 of MeanFlow's at α = 0.01, then jumps back to 1 when
-    α snaps to 0. With c·α² it stays within 0.5 % of 1 for α <= 1/2. The published rule is the default.
+    shrink_c, not published: c·α² in the second line. A fixed c starves these rows near the end of the
+    curriculum, where err ~ α²: their gradient falls to 0.22 of MeanFlow's at α = 0.01, then jumps back
+    to 1 when α snaps to 0. With c·α² it stays within 0.5 % of 1 for α <= 1/2.
     """
     err = err.detach()
     weight = 1 / (err + c)
@@ -182,15 +171,14 @@ def alpha_flow_loss(net, x, y, alpha, *, e=None, t=None, r=None, drop=None, gene
                     fm_ratio=0.5, mean=-0.4, std=1.0,
                     omega=1.0, kappa=0.0, t_min=0.0, t_max=1.0, label_drop=0.0, null=None,
                     clip=4.0, c=1e-3, shrink_c=False, target_net=None, derivative=du_dt):
-    """The training loss of a batch: (loss, stats), loss a scalar to call backward() on (α-Flow §4).
+    """The training loss of a batch: (loss, stats), a scalar and a dict, see statistics (α-Flow §4).
 
-    x: (B, C, H, W) data, about unit scale. y: (B,) int64 labels, never changed. alpha: see alpha_at.
-    e (B, C, H, W), t, r, drop (B,): the noise, the times and the uniform numbers that drop labels; drawn
-    from `generator`, one on the CPU, where not given. label_drop: probability of the null label inside
-    (t_min, t_max). null: its index. The other arguments belong to the functions above.
-    net makes the prediction; under DDP the wrapped model, or gradients are never averaged. target_net,
-    by default the same, makes the targets; under DDP the bare model, for no gradient flows there.
-    stats: see statistics. ValueError for a missing null, or only one of t and r.
+    x: (B, C, H, W) data, about unit scale. y: (B,) int64 labels, never changed. e (B, C, H, W), t, r, drop
+    (B,): the noise, the times and the uniform numbers that drop labels; drawn from `generator`, one on the
+    CPU, where not given. label_drop: probability of the null label inside (t_min, t_max). null: its index.
+    net predicts: under DDP the wrapped model, or gradients are never averaged. target_net, by default net,
+    makes the targets: under DDP the bare model, for no gradient flows there. The other arguments belong to
+    the functions above. ValueError if null is missing, or one of t and r alone is given.
     """
     if label_drop > 0 and null is None or (t is None) != (r is None):
         raise ValueError("label_drop needs null, the index of the null label; t and r go together")
@@ -222,16 +210,13 @@ def noised(x, e, t, r, fm_ratio, mean, std, generator):
 
 
 def statistics(u, v, target, err, parts, alpha, jump, clip):
-    """Numbers for the log, from what the loss has at hand: no further pass through the network.
+    """Means for the log, without a further pass; they average over micro-batches and processes:
 
-    Means over the batch, so that they average over micro-batches and processes:
-      err                  mean squared error, = L_TFM + L_TC + a constant
-      err_fm, err_jump     the parts of it from rows with r = t and r < t; they add up to it
-      loss_fm, loss_jump   the same of the loss
-      L_TFM, L_TC          trajectory flow matching |u - v|², consistency 2·(v - u_target)·u (eq. 7)
-      clipped              share of the target's entries at the clip
-      tangent              mean |Δ·du/dt|: exact at α = 0, a finite difference along αΔ above (too small
-                           where the target was clipped), 0 at α = 1
+      err, err_fm, err_jump   mean squared error, = L_TFM + L_TC + a constant; its parts at r = t and r < t
+      loss_fm, loss_jump      the same parts of the loss
+      L_TFM, L_TC             trajectory flow matching |u - v|², consistency 2·(v - u_target)·u (eq. 7)
+      clipped                 share of the target's entries at the clip
+      tangent                 |Δ·du/dt|: exact at α = 0, else a finite difference, too small where clipped
     """
     at_clip = (target.abs() >= clip) & rowwise(jump & (alpha > 0), u)
     if alpha == 1:
@@ -246,36 +231,35 @@ def statistics(u, v, target, err, parts, alpha, jump, clip):
             "clipped": at_clip.to(u.dtype).mean(), "tangent": (rate.abs() * rowwise(jump, u)).mean()}
 
 
-# ---- 6. do the two halves pull against each other? -------------------------------------------------
+# ---- 4. do the two halves pull against each other? -------------------------------------------------
 
 def gradient_conflict(net, x, y, alpha=0.0, *, e=None, t=None, r=None, generator=None, mean=-0.4,
                       std=1.0, omega=1.0, kappa=0.0, t_min=0.0, t_max=1.0, null=None):
     """How the gradients of the objective's parts agree on one batch: a dict of floats (α-Flow §3).
 
-    The squared error is L_TFM + L_TC + a constant, L_TFM = |u - v|² and L_TC = 2·(v - u_target)·u with an
-    unclipped target. L_FM is flow matching at the same z and t with r = t.
+    L_TFM, L_TC: see statistics, with an unclipped target. L_FM: flow matching, r = t at the same z and t.
         cos_tfm_tc                 the conflict: strongly negative in MeanFlow training
         cos_fm_tc, cos_tfm_fm      much weaker, which is why rows with r = t help
         cancelled                  1 - |∇L_TFM + ∇L_TC| / (|∇L_TFM| + |∇L_TC|), the share that is lost
-    Read with care: where the sum is stationary its two gradients cancel, so cos_tfm_tc = -1 there,
-    whatever the method. At α = 1 the target is v, so L_TC and its cosines are 0.
-    net: a torch.nn.Module. By default all rows have r < t. The rest is as in alpha_flow_loss.
+    Read with care: where L_TFM + L_TC is stationary the gradients cancel: cos_tfm_tc = -1 for any method.
+    At α = 1 L_TC and its cosines are 0. net: an nn.Module. Drawn times: r < t. Rest as in alpha_flow_loss.
     """
     z, e, t, r = noised(x, e, t, r, 0.0, mean, std, generator)
     t_x, r_x, y_x = on(x, t, r, y)
     u, u_fm = net(z, t_x, r_x, y_x), net(z, t_x, t_x, y_x)
     v = guided_velocity(net, z, t, e - x, y, omega, kappa, t_min, t_max, null)
     target = u_target(net, z, t, r, v, y, alpha, clip=math.inf)
-    losses = {"tfm": (u - v).square().mean(), "tc": (2 * (v - target) * u).mean(),
-              "fm": (u_fm - v).square().mean()}
-    parameters, gradient = [p for p in net.parameters() if p.requires_grad], {}
-    for name, loss in losses.items():
+    losses = (u - v).square().mean(), (2 * (v - target) * u).mean(), (u_fm - v).square().mean()
+    parameters, gradients = [p for p in net.parameters() if p.requires_grad], []
+    for loss in losses:
         parts = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-        gradient[name] = torch.cat([g.flatten().double() for g in parts])
-    tfm, tc = gradient["tfm"], gradient["tc"]
-    return {f"cos_{a}_{b}": torch.cosine_similarity(gradient[a], gradient[b], dim=0).item()
-            for a, b in (("tfm", "tc"), ("fm", "tc"), ("tfm", "fm"))} | {
-                "cancelled": 1 - ((tfm + tc).norm() / (tfm.norm() + tc.norm())).item()}
+        gradients.append(torch.cat([g.flatten().double() for g in parts]))
+    tfm, tc, fm = gradients
+
+    def cosine(a, b):
+        return torch.cosine_similarity(a, b, dim=0).item()
+    return {"cos_tfm_tc": cosine(tfm, tc), "cos_fm_tc": cosine(fm, tc), "cos_tfm_fm": cosine(tfm, fm),
+            "cancelled": 1 - ((tfm + tc).norm() / (tfm.norm() + tc.norm())).item()}
 
 
 def rowwise(a, like):

@@ -5,8 +5,7 @@
 
 t = 1 is noise, t = 0 is data, and z_r ≈ z_t - (t - r)·u. At r = t, u is the ordinary velocity of flow
 matching. Parameter names and layouts are those of the released α-Flow checkpoints, so that their weights
-load as they are: the embedder of t is called `noise_labels_embedder`, that of t - r
-`noise_labels_next_embedder`. Below the network: weights from files, without running what is in them.
+load as they are. Below the network: weights from files, without running what is in them.
 """
 import json
 import math
@@ -59,19 +58,17 @@ class DiTConfig:
 
 
 def build(name, size, channels, classes):
-    """A freshly initialised DiT from a name like "XL/2": size and patch. The rest as in DiTConfig.
-
+    """A freshly initialised DiT from a name like "XL/2", size and patch; the rest as in DiTConfig.
     ValueError for an unknown name or sizes that do not fit together.
     """
     width, _, patch = name.partition("/")
     if width not in SIZES or not patch.isdecimal():
-        raise ValueError(f"unknown model {name!r}: give SIZE/PATCH, like B/2, with SIZE one of "
-                         f"{', '.join(SIZES)}")
+        raise ValueError(f"unknown model {name!r}: give one of {', '.join(SIZES)} and a patch, like B/2")
     depth, dim, heads = SIZES[width]
     return DiT(DiTConfig(size, channels, int(patch), dim, depth, heads, classes))
 
 
-# ---- the pieces ------------------------------------------------------------------------------------
+# ---- the pieces, and the network -------------------------------------------------------------------
 
 class Linear(nn.Linear):
     """nn.Linear with a cheaper rule for du/dt, in which the weights stand still.
@@ -91,28 +88,16 @@ class Linear(nn.Linear):
 class TimeEmbedder(nn.Module):
     """A time in [0, 1] as 128 cosines and 128 sines, then a small MLP; never in bf16."""
 
-    def __init__(self, dim, frequencies=128):
+    def __init__(self, dim):
         super().__init__()
-        self.mlp = nn.Sequential(Linear(2 * frequencies, dim), nn.SiLU(), Linear(dim, dim))
-        self.frequencies = frequencies
+        self.mlp = nn.Sequential(Linear(2 * 128, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, t):
         # bf16 keeps 8 bits: it could not tell t = 0.99 from 1. So autocast stops here.
         with torch.autocast(t.device.type, enabled=False):
-            k = torch.arange(self.frequencies, device=t.device, dtype=t.dtype)
-            angle = t[:, None] * torch.exp(-math.log(10000) * k / self.frequencies)     # (B, 128)
+            k = torch.arange(128, device=t.device, dtype=t.dtype)
+            angle = t[:, None] * torch.exp(-math.log(10000) * k / 128)                  # (B, 128)
             return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))               # (B, D)
-
-
-class LabelEmbedder(nn.Module):
-    """One learned row a class, and a last one for "no label"."""
-
-    def __init__(self, classes, dim):
-        super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, dim)
-
-    def forward(self, y):
-        return self.embedding_table(y)                                                  # (B, D)
 
 
 class PatchEmbedder(nn.Module):
@@ -136,26 +121,13 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, h):
-        B, T, D = h.shape
-        qkv = self.qkv(h).view(B, T, 3, self.heads, D // self.heads)
+        qkv = self.qkv(h).unflatten(2, (3, self.heads, -1))                             # (B, T, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                            # each (B, H, T, D/H)
         # Under autocast q, k and v are bf16 already. It stops here because it would round the scores, too,
         # in the plain attention of du/dt: fused kernels keep them in float32.
         with torch.autocast(h.device.type, enabled=False):
             h = F.scaled_dot_product_attention(q, k, v)                                 # (B, H, T, D/H)
-        return self.proj(h.transpose(1, 2).reshape(B, T, D))
-
-
-class MLP(nn.Module):
-    """(B, T, D) -> (B, T, D), four times wider in between."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = Linear(dim, 4 * dim)
-        self.fc2 = Linear(4 * dim, dim)
-
-    def forward(self, h):
-        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+        return self.proj(h.transpose(1, 2).flatten(2))
 
 
 def norm(h, shift, scale):
@@ -170,7 +142,8 @@ class Block(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.attn = Attention(dim, heads)
-        self.mlp = MLP(dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=Linear(dim, 4 * dim), gelu=nn.GELU(approximate="tanh"), fc2=Linear(4 * dim, dim)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
 
     def forward(self, h, c):
@@ -192,8 +165,6 @@ class FinalLayer(nn.Module):
         return self.linear(norm(h, shift, scale))
 
 
-# ---- the network -----------------------------------------------------------------------------------
-
 class DiT(nn.Module):
     """u(z, t, r, y), the average velocity of a jump (α-Flow §2; the network: DiT §3, adaLN-zero)."""
 
@@ -205,13 +176,12 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(position_table(config.size // p, D))              # (1, T, D)
         self.noise_labels_embedder = TimeEmbedder(D)                                    # of t
         self.noise_labels_next_embedder = TimeEmbedder(D)                               # of t - r
-        self.y_embedder = LabelEmbedder(config.classes, D)
+        # one learned row a class, and a last one for "no label"
+        self.y_embedder = nn.Sequential(OrderedDict(embedding_table=nn.Embedding(config.classes + 1, D)))
         self.blocks = nn.ModuleList(Block(D, config.heads) for _ in range(config.depth))
         self.final_layer = FinalLayer(D, p * p * C)
         self.recompute = False      # True: backward computes each block again instead of keeping its inside
-        self.initialise()
 
-    def initialise(self):
         for module in self.modules():                     # every linear map: Xavier, zero bias
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -222,22 +192,19 @@ class DiT(nn.Module):
         for embedder in (self.noise_labels_embedder, self.noise_labels_next_embedder):
             nn.init.normal_(embedder.mlp[0].weight, std=0.02)
             nn.init.normal_(embedder.mlp[2].weight, std=0.02)
-        for block in self.blocks:                         # adaLN-zero: every block starts as the identity
-            nn.init.zeros_(block.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        for module in (*self.blocks, self.final_layer):   # adaLN-zero: every block starts as the identity
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)    # and the network as u = 0
 
     def forward(self, z, t, r, y):
         """The average velocity of the jump from t down to r.
 
         z: (B, C, H, W), H = W = config.size. t, r: (B,) floats in [0, 1], r ≤ t. y: (B,) int64 labels in
-        [0, classes], `classes` being the null label. Returns u: (B, C, H, W) in z's dtype.
-        ValueError if z has the wrong shape.
+        [0, classes], the last one the null label. -> u (B, C, H, W) in z's dtype; ValueError for other z.
         """
-        cfg = self.config
-        if z.shape[1:] != (cfg.channels, cfg.size, cfg.size):
-            raise ValueError(f"z is {tuple(z.shape)}, but this network takes "
-                             f"(B, {cfg.channels}, {cfg.size}, {cfg.size})")
+        C, S, p = self.config.channels, self.config.size, self.config.patch
+        if z.shape[1:] != (C, S, S):
+            raise ValueError(f"z is {tuple(z.shape)}, but this network takes (B, {C}, {S}, {S})")
 
         h = self.x_embedder(z) + self.pos_embed           # (B, T, D), float32 also under autocast
         # t and the length t - r, not t and r: what a jump needs most is how far it goes, and r = t, plain
@@ -250,22 +217,18 @@ class DiT(nn.Module):
                 h = block(h, c)                                                         # (B, T, D), (B, D)
         h = self.final_layer(h, c)                                                      # (B, T, p·p·C)
 
-        B, p, G = len(z), cfg.patch, cfg.size // cfg.patch
-        h = h.view(B, G, G, p, p, cfg.channels)           # a token: (row, column, channel) of its patch
+        h = h.view(-1, S // p, S // p, p, p, C)           # a token: (row, column, channel) of its patch
         return h.permute(0, 5, 1, 3, 2, 4).reshape(z.shape).to(z.dtype)                 # (B, C, H, W)
 
 
 def position_table(grid, dim):
-    """What the learned position table starts as: 2-D sin-cos, (1, grid², dim).
-
-    The column is in the first half of the channels, the row in the second; each half is [sin | cos] of
-    dim/4 frequencies 10000^(-k/(dim/4)).
+    """What the learned position table starts as, (1, grid², dim): the column in the first half of the
+    channels, the row in the second, each as [sin | cos] of dim/4 frequencies.
     """
     k = torch.arange(dim // 4, dtype=torch.float64)
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * 10000 ** (-k / (dim // 4))
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                 # (grid, dim/2)
-    column = axis[None, :, :].expand(grid, grid, -1)
-    row = axis[:, None, :].expand(grid, grid, -1)
+    column, row = axis.expand(grid, grid, -1), axis[:, None].expand(grid, grid, -1)
     return torch.cat([column, row], dim=2).reshape(1, grid * grid, dim).float()
 
 
@@ -299,6 +262,7 @@ def read_torch(path):
                          f"({type(error).__name__}; nothing in it was run)") from None
 
 
+FORMAT = "alphaflow-1"                                    # what train.py writes into its checkpoints
 SAFE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
         "BOOL": torch.bool}
@@ -312,7 +276,6 @@ def read_tensors(path):
     if not str(path).endswith(".safetensors"):
         state = read_torch(path)
         return state if isinstance(state, dict) else {}
-    open(path, "rb").close()
     try:
         raw, tensors = np.memmap(path, np.uint8, mode="r"), {}                          # (bytes,)
         first = 8 + int.from_bytes(raw[:8].tobytes(), "little")                         # of the numbers
@@ -331,12 +294,8 @@ def fill(net, state, what):
     try:
         net.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"not the weights of {what}: {reason}") from None
+        raise ValueError(f"not the weights of {what}: {' '.join(str(error).split())[:200]}") from None
     return net.requires_grad_(False).eval()
-
-
-FORMAT = "alphaflow-1"                                    # what train.py writes into its checkpoints
 
 
 def read_checkpoint(path):
@@ -364,7 +323,7 @@ def from_released(theirs):
             weights[label] = torch.cat([weights[label], torch.zeros_like(weights[label][:1])])
     dim, channels, patch, _ = ema["x_embedder.proj.weight"].shape
     size = patch * math.isqrt(ema["pos_embed"].shape[1])
-    depth = len({k.split(".")[1] for k in ema if k.startswith("blocks.")})
+    depth = len({k.split(".")[0] for k in below("blocks.", ema)})
     heads = 16 if dim == 1152 else max(4, dim // 64)      # no shape tells it; XL's are 72 wide
     config = DiTConfig(size, channels, patch, dim, depth, heads, len(ema[label]) - 1)
     mean, var = (state[f"autoencoder_{k}"][0].double().expand(channels, size, size) for k in ("mean", "var"))

@@ -2,31 +2,26 @@
 
     python sample.py --ckpt out/digits/ckpt.pt --nfe 1                  # a grid, one row a class
     python sample.py --ckpt out/digits/ckpt.pt --grid 1,0.55,0 --sampler consistency --labels 3,1,4
-    python sample.py --ckpt out/digits/ckpt.pt --samples 1000 --out many.npz
     torchrun --nproc_per_node=8 sample.py --ckpt CKPT --nfe 2 --samples 50000 --out samples.npz
     python sample.py --ckpt alphaflow-XL-2-plus-cfg.pt --nfe 2          # released weights
 
-t = 1 is noise, t = 0 is data. The network gives u(z, t, r, y), the average velocity of the jump from t
-down to r, so a step t -> s is one subtraction however long it is: z_s = z_t - (t - s)·u(z_t, t, s, y).
-The paper has two samplers: one follows such jumps, the other jumps to t = 0 each time and puts noise
-back. What picture k starts from depends on the seed and k alone.
+t = 1 is noise, t = 0 is data. Of two samplers one follows the average velocity, the other jumps to t = 0
+each time and puts noise back. What picture k starts from depends on the seed and k alone.
 """
 import hashlib
-import json
 import math
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
 from model import DiT, DiTConfig, fill, read_checkpoint
 
-# ---- grids of times --------------------------------------------------------------------------------
+# ---- grids of times, and the two samplers of α-Flow §6 ---------------------------------------------
 
 
 def uniform_grid(nfe):
@@ -56,14 +51,11 @@ def sampling_plan(path, nfe=None, grid=None, sampler=None):
 
     A published file, known by its name, is sampled as published; else equal jumps with the ODE sampler.
     """
-    published, at_two = PUBLISHED.get(Path(path).stem, ("ode", None))
+    published, at_two = PUBLISHED.get(Path(path).stem, ("ode", uniform_grid(2)))
     if grid is not None:
         return check_grid(grid.split(",")), sampler or published
-    times = at_two if at_two and nfe == 2 and sampler is None else uniform_grid(1 if nfe is None else nfe)
+    times = at_two if nfe == 2 and sampler is None else uniform_grid(1 if nfe is None else nfe)
     return times, sampler or published
-
-
-# ---- the two samplers, α-Flow §6 -------------------------------------------------------------------
 
 
 def velocity(net, z, t, r, y):
@@ -111,12 +103,11 @@ def consistency(net, z, y, grid, noise=None, generator=None, callback=None):
     return x_hat
 
 
-# ---- a network and what makes pictures of its samples ----------------------------------------------
+# ---- a network, what makes pictures of its samples, and which picture is which ---------------------
 
 
 def load(path, weights="ema", device="cpu"):
-    """(net, decode) from a checkpoint of train.py or a released file: a frozen DiT on `device`, and
-    decode(x): its samples (B, C, H, W) -> uint8 pictures.
+    """(net, decode) from a checkpoint of train.py or a released file: a frozen DiT and its `decoder`.
 
     weights: "ema", what one samples from, or "raw". ValueError, one line, for what is no such file.
     """
@@ -135,8 +126,7 @@ def load(path, weights="ema", device="cpu"):
 def decoder(latents, device, state=None):
     """decode(x): samples (B, C, h, w) -> uint8 pictures. latents: None, or a dict: mean, std, vae.
 
-    state: the weights of the VAE; else the one that `latents` names is found or downloaded, at the first
-    call.
+    state: the VAE's weights; else the one that `latents` names is found or downloaded, at the first call.
     """
     if not latents:
         return data.to_uint8
@@ -151,9 +141,6 @@ def decoder(latents, device, state=None):
         # in small pieces: eight pictures of 256x256 need about 2 GB on their way
         return torch.cat([data.to_uint8(networks[0].decode(piece)) for piece in z.split(8)])
     return decode
-
-
-# ---- which picture is which ------------------------------------------------------------------------
 
 
 def make_labels(protocol, count, classes, seed=0, label_counts=None):
@@ -176,11 +163,10 @@ def make_labels(protocol, count, classes, seed=0, label_counts=None):
         share, rest = np.divmod(np.array(label_counts) * count, sum(label_counts))
         share[np.argsort(-rest, kind="stable")[:count - share.sum()]] += 1
         return torch.arange(classes).repeat_interleave(torch.from_numpy(share))
-    given = [int(label) for label in protocol.split(",") if label.isdecimal()]
-    if len(given) != protocol.count(",") + 1 or not max(given) < classes:
-        raise ValueError(f"labels {protocol!r}: give random, balanced, data, or some of 0 to {classes - 1} "
-                         "like 3,1,4")
-    return torch.tensor(given)[torch.arange(count) % len(given)]
+    given = protocol.split(",")
+    if not all(label.isdecimal() and int(label) < classes for label in given):
+        raise ValueError(f"labels {protocol!r}: give random, balanced, data or 0 to {classes - 1} like 3,1,4")
+    return torch.tensor([int(given[k % len(given)]) for k in range(count)])
 
 
 def noise_for(rows, shape, seed, step=None):
@@ -190,8 +176,7 @@ def noise_for(rows, shape, seed, step=None):
     """
     # Always drawn on the CPU: a GPU makes other numbers of the same seed.
     key = () if step is None else (step,)
-    draws = (torch.randn(shape, generator=data.generator(seed, int(k), *key)) for k in rows)
-    return torch.stack(list(draws))                                                     # (b, C, H, W)
+    return torch.stack([torch.randn(shape, generator=data.generator(seed, int(k), *key)) for k in rows])
 
 
 def draw(net, labels, rows, grid, sampler="ode", seed=0, callback=None):
@@ -209,7 +194,7 @@ def draw(net, labels, rows, grid, sampler="ode", seed=0, callback=None):
     return consistency(net, z, y, grid, noise, callback=callback)
 
 
-# ---- to be looked at -------------------------------------------------------------------------------
+# ---- pictures in files: to be looked at, or many ---------------------------------------------------
 
 
 def as_image(picture):
@@ -228,9 +213,7 @@ def contact_sheet(pictures, columns, captions=()):
         cell = as_image(picture).resize((W * scale, H * scale), Image.Resampling.NEAREST)
         sheet.paste(cell, (left + k % columns * wide, gap + k // columns * high))
     for row, text in enumerate(captions):
-        text = str(text).encode("ascii", "replace").decode()        # Pillow's own font may know no more
-        at = (4, gap + row * high + (high - 14) // 2)
-        ImageDraw.Draw(sheet).text(at, text, fill="black", font=ImageFont.load_default())
+        ImageDraw.Draw(sheet).text((4, gap + row * high + (high - 14) // 2), text, fill="black")
     return sheet
 
 
@@ -245,55 +228,39 @@ def labelled_grid(pictures, labels, names):
 
 
 def trajectory(net, decode, labels, path, seed=0, steps=16):
-    """Write a GIF of how noise becomes the pictures 0 .. len(labels) - 1, in `steps` steps.
-
-    Above: the state z at time t. Below: the picture that the network points at from there.
+    """Write a GIF of how noise becomes the pictures 0 .. len(labels) - 1, in `steps` steps: above the
+    state z at time t, below the picture that the network points at from there.
     """
-    grid, rows = uniform_grid(steps), range(len(labels))
-    states = [noise_for(rows, (net.config.channels, net.config.size, net.config.size), seed)]
-    pointed_at = []
-
-    def callback(t, s, z, x_hat):
-        states.append(z)                                # at s
-        pointed_at.append(x_hat)                        # from the state before, at t
-
-    pointed_at.append(draw(net, labels, rows, grid, "ode", seed, callback))
-    frames = []
-    for t, z, x_hat in zip(grid, states, pointed_at):
+    rows, taken, frames = range(len(labels)), [], []
+    x = draw(net, labels, rows, uniform_grid(steps), "ode", seed, lambda *step: taken.append(step))
+    z = noise_for(rows, x.shape[1:], seed)
+    for t, _, after, x_hat in [*taken, (0.0, 0.0, x, x)]:
         both = torch.cat([decode(z.to(x_hat)), decode(x_hat)])                          # (2B, C, H, W)
         frames.append(contact_sheet(both, len(labels), [f"z, t = {t:.2f}", "leads to"]))
+        z = after                                       # where the next step begins
     with data.replacing(path) as file:
         frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
                        duration=[150] * steps + [2000])
-
-
-# ---- many pictures ---------------------------------------------------------------------------------
 
 
 def write_npz(path, pictures, labels, shape, batch, about):
     """ADM's sample file: arr_0 uint8 (N, H, W, C), arr_1 the labels (N,). Killed and typed again, it goes on.
 
     pictures(rows): the pictures `rows`, uint8 (b, C, H, W). about: all that they depend on, plain values.
-    A batch is always drawn as a whole, for how a picture is rounded depends on its company: so the file
-    is the same whatever the number of processes.
+    Batches stay whole, as company changes the rounding: any number of processes writes the same file.
     """
     C, H, W = shape
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     filling = data.Filling(f"{path}.unfinished-{key}", len(labels), batch,
                            arr_0=((H, W, C), np.uint8), arr_1=((), np.int64))
-    todo = filling.todo()
-    with tqdm(total=sum(map(len, todo)), unit="img", disable=True if filling.rank else None) as bar:
-        for rows in todo:
-            u = pictures(rows).permute(0, 2, 3, 1).contiguous().numpy()                 # (b, H, W, C)
-            filling.write(rows, arr_0=u, arr_1=labels[rows].numpy())
-            bar.update(len(rows))
+    for rows in tqdm(filling.todo(), unit="batch", disable=True if filling.rank else None):
+        u = pictures(rows).permute(0, 2, 3, 1).numpy()                                  # (b, H, W, C)
+        filling.write(rows, arr_0=u, arr_1=labels[rows].numpy())
     data.wait_for_all()
     if filling.rank == 0:
-        with data.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-            for name in ("arr_0.npy", "arr_1.npy"):
-                with open(filling.folder / name, "rb") as part:
-                    with archive.open(name, "w", force_zip64=True) as member:
-                        shutil.copyfileobj(part, member, 1 << 20)
+        arrays = {k: np.load(filling.folder / f"{k}.npy", mmap_mode="r") for k in ("arr_0", "arr_1")}
+        with data.replacing(path) as file:
+            np.savez(file, **arrays)                    # piece by piece, never all in memory
         shutil.rmtree(filling.folder)
 
 
@@ -314,8 +281,7 @@ def parse_flags():
                    "picture each time and put noise back [ode; released files: as published]")
     p.add_argument("--batch", type=int, default=256, help="pictures at a time [256]")
     p.add_argument("--device", help="cuda or cpu [cuda if there]")
-    p.add_argument("--out", help="FILE.png: a grid; FILE.npz: arr_0 as ADM's tools want it, labels arr_1 "
-                   "[a grid beside the checkpoint]")
+    p.add_argument("--out", help="FILE.png: a grid; FILE.npz: as ADM's tools want it [a grid beside --ckpt]")
     return p.parse_args()
 
 
@@ -342,11 +308,10 @@ def main():
 
     data.meet()
     if path.suffix == ".npz":
-        depends_on = [stat.st_size, stat.st_mtime_ns, weights, grid, sampler, args.labels, count, args.seed,
-                      batch, device.type]
+        depends_on = [stat.st_size, stat.st_mtime_ns, str(args), device.type]
         write_npz(path, pictures, labels, pictures(range(1)).shape[1:], batch, depends_on)
     else:
-        parts = [pictures(range(k, min(count, k + batch))) for k in range(0, count, batch)]
+        parts = [pictures(range(count)[k:k + batch]) for k in range(0, count, batch)]
         with data.replacing(path) as file:
             sheet = labelled_grid(torch.cat(parts), labels, about.get("names") or range(classes))
             sheet.save(file, format="PNG")
