@@ -79,7 +79,7 @@ def precision_recall(real, made, k=3):
     """
     if min(len(real), len(made)) <= k:
         raise ValueError(f"precision and recall need more than {k} pictures on each side")
-    centre = real.double().mean(0)                      # far from 0, cdist's |a|² + |b|² - 2·a·b would cancel
+    centre = real.double().mean(0)                      # far from 0, |a|² + |b|² - 2·a·b would cancel
     real, made = real.double() - centre, made.double() - centre
 
     def share_inside(x, balls):
