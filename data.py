@@ -145,45 +145,45 @@ def prefetch(iterable, depth=4):
             yield item
 
 
-class Filling:
-    """Arrays in a folder that many processes fill, chunk by chunk; killed and started again, they go on.
+class Shards:
+    """Arrays that many processes make chunk by chunk, each chunk a file. Killed and typed again, it goes on.
 
-    arrays: name=(shape of a row, dtype), `count` rows each, in `name`.npy. A byte of the file `done` says
-    of each chunk of rows whether it is there. All processes must make the object together.
+    A chunk is always made as a whole, for a GPU may round a row otherwise in a batch of another size. So
+    neither kills nor the number of processes show in the result.
     """
 
-    def __init__(self, folder, count, chunk, **arrays):
-        self.folder, self.count, self.chunk, self.done = Path(folder), count, chunk, Path(folder) / "done"
-        self.rank, self.world, _ = place("cpu")
-        if self.rank == 0 and not self.done.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name, (shape, dtype) in arrays.items():
-                np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, (count, *shape))
-            with replacing(self.done) as file:
-                file.write(bytes(-(-count // chunk)))
-        wait_for_all()
+    def __init__(self, folder, count, chunk):
+        self.folder, self.count = Path(folder), count
+        self.chunks = [range(count)[k:k + chunk] for k in range(0, count, chunk)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def file(self, rows):
+        return self.folder / f"{rows.start:09d}.npz"
 
     def todo(self):
-        """The rows, as ranges, of this process's chunks that are not there yet."""
-        return [range(self.count)[k * self.chunk:(k + 1) * self.chunk]
-                for k, done in enumerate(self.done.read_bytes()) if not done and k % self.world == self.rank]
+        """The chunks, as ranges of rows, that this process has to make and that are not there yet."""
+        rank, world, _ = place("cpu")
+        return [rows for rows in self.chunks[rank::world] if not self.file(rows).exists()]
 
     def write(self, rows, **arrays):
-        """Store what the arrays hold in the chunk `rows`; only then does the chunk count as there."""
-        for name, array in arrays.items():
-            whole = np.load(self.folder / f"{name}.npy", mmap_mode="r")     # not to write: a full disk kills
-            numbers = np.ascontiguousarray(array, whole.dtype)
-            write_at(whole.filename, whole.offset + rows.start * whole.strides[0], numbers)
-        write_at(self.done, rows.start // self.chunk, b"\1")
+        """Store what the arrays hold in the chunk `rows`."""
+        with replacing(self.file(rows)) as file:
+            np.savez(file, **arrays)
 
+    def parts(self, name):
+        """One of the arrays, chunk by chunk."""
+        for rows in self.chunks:
+            with np.load(self.file(rows)) as arrays:
+                yield arrays[name]
 
-def write_at(path, position, numbers):
-    """Overwrite a piece of a file; on the disk when this returns."""
-    with open(path, "r+b") as file:
-        file.seek(position)
-        file.write(numbers)
-        file.flush()
-        os.fsync(file.fileno())
+    def join(self, name, file):
+        """Write one of the arrays to `file` as .npy, without having it in memory."""
+        for k, part in enumerate(self.parts(name)):
+            if k == 0:
+                shape = self.count, *part.shape[1:]
+                header = {"descr": part.dtype.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(part.tobytes())
 
 
 # ---- a data set ------------------------------------------------------------------------------------
@@ -282,14 +282,9 @@ def load(name_or_folder, seed=0, flip=False):
     flip: mirror half of what batch() gives. ValueError with the command to type if it is not prepared.
     """
     name = str(name_or_folder)
-    if name == "digits":
-        with np.load(Path(__file__).parent / "assets" / "digits.npz") as file:
-            images, labels = file["images"][:, None], file["labels"].astype(np.int64)   # (1797, 1, 8, 8)
-        about = dict(name=name, shape=[1, 8, 8], classes=10, names=list("0123456789"), range=[0, 16],
-                     source="UCI Optical Recognition of Handwritten Digits, test part, CC BY 4.0")
-        return Dataset(images, labels, about, seed, flip)
-    folder = Path(name) if (Path(name) / "meta.json").is_file() else Path("data") / name
-    if not (folder / "meta.json").is_file():
+    places = Path(name), Path("data") / name, Path(__file__).parent / "assets" / name
+    folder = next((place for place in places if (place / "meta.json").is_file()), None)
+    if not folder:
         known = {"mnist": "mnist", "cifar10": "cifar10", "imagenet256": "imagenet --src DIR"}
         out = name if os.sep in name else f"data/{name}"
         command = known.get(Path(name).name, f"folder --src DIR --size 64 --out {out}")
@@ -342,29 +337,19 @@ def fetch(filename, checksum, urls, folder):
 
 
 LECUN = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
-MNIST = {   # file: md5 of the archive, md5 of what is inside
-    "train-images-idx3-ubyte": ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "6bbc9ace898e44ae57da46a324031adb"),
-    "train-labels-idx1-ubyte": ("d53e105ee54ea40749a09fcbcd1e9432", "a25bea736e30d166cdddb491f175f624"),
-}
+MNIST = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",      # md5
+         "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432"}
 CIFAR10 = ("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
            ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"])
 
 
 def mnist(out, source=None):
     """The 60,000 training digits, zero-padded from 28x28 to 32x32, which patches of 2 and 4 divide."""
-    arrays = []
-    for name, (packed, inside) in MNIST.items():
-        if source is None:
-            path = fetch(name + ".gz", packed, [url + name + ".gz" for url in LECUN], out / "download")
-        else:                                           # plain, or as the archive that is published
-            path = source / (name if (source / name).is_file() else name + ".gz")
-        raw = path.read_bytes()
-        with contextlib.suppress(Exception):            # plain bytes and damaged archives stay as they are
-            raw = gzip.decompress(raw)
-        if hashlib.md5(raw).hexdigest() != inside:
-            raise ValueError(f"{path} is not the published file (its md5 differs): get it again")
-        arrays.append(np.frombuffer(raw, np.uint8))
-    digits, labels = arrays[0][16:].reshape(-1, 28, 28), arrays[1][8:]            # without their headers
+    raw = []
+    for name, md5 in MNIST.items():
+        path = fetch(name, md5, [] if source else [url + name for url in LECUN], source or out / "download")
+        raw.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8))
+    digits, labels = raw[0][16:].reshape(-1, 28, 28), raw[1][8:]                  # without their headers
     images = np.pad(digits, ((0, 0), (2, 2), (2, 2)))[:, None]                    # (60000, 1, 32, 32)
     publish(out, labels, list("0123456789"), images, key="mnist",
             source="MNIST, training part (LeCun, Cortes, Burges), CC BY-SA 3.0")
@@ -434,8 +419,7 @@ def prepare(src, out, size, vae=None, device=None):
     """Prepare in `out` the tree of pictures `src` (see listing), on any number of processes.
 
     size: pixels a side. vae: None, or "ema" or a file (see find_vae): then latents are stored.
-    A chunk is always read and encoded as a whole, so that neither kills nor the number of processes show
-    in the result. Damaged files are reported and left out. ValueError for what does not fit.
+    Damaged files are reported and left out. ValueError for what does not fit.
     """
     rank, world, device = place(device or (None if vae else "cpu"))
     if not 4 <= size <= 2048 or vae and size % 8:
@@ -448,30 +432,27 @@ def prepare(src, out, size, vae=None, device=None):
     vae = str(Path(vae).resolve()) if vae and vae != "ema" else vae
     net = find_vae(vae, device) if vae else None
     meet()
-    rows = ((8, size // 8, size // 8), np.float16) if vae else ((3, size, size), np.uint8)
-    filling = Filling(out / f"unfinished-{key}", len(files), CHUNK, images=rows, labels=((), np.int64))
-    fill_with_pictures(filling, files, np.array(labels), size, net, device)
+    shards = Shards(out / f"unfinished-{key}", len(files), CHUNK)
+    make_shards(shards, files, np.array(labels), size, net, device)
     wait_for_all()
     if rank == 0:
-        labels, images, about = np.load(filling.folder / "labels.npy"), out / "images.npy", {}
+        labels = np.concatenate(list(shards.parts("labels")))
         if (labels < 0).all():
-            shutil.rmtree(filling.folder)               # next time they may be readable
+            shutil.rmtree(shards.folder)                # next time they may be readable
             raise ValueError(f"none of the pictures in --src {src} could be read")
-        if (filling.folder / "images.npy").exists():    # else a kill came between here and meta.json
-            os.replace(filling.folder / "images.npy", images)
-        if vae:
-            stats = statistics(np.load(images, mmap_mode="r"), np.flatnonzero(labels >= 0))
-            about = {"vae": vae, "stats": stats.tolist()}
+        with replacing(out / "images.npy") as file:
+            shards.join("images", file)
+        about = {"vae": vae, "stats": statistics(shards).tolist()} if vae else {}
         publish(out, labels, names, key=key, **about,
                 source=f"pictures in {src.resolve().name}, centre crop, Lanczos to {size}x{size}")
-        shutil.rmtree(filling.folder)
+        shutil.rmtree(shards.folder)
 
 
-def fill_with_pictures(filling, files, labels, size, vae, device):
-    """Read, encode and write the chunks that this process has to do; threads read ahead."""
-    todo = filling.todo()
+def make_shards(shards, files, labels, size, vae, device):
+    """Read, encode and write the chunks that this process has to make; threads read ahead."""
+    todo = shards.todo()
     with ThreadPoolExecutor() as pool, tqdm(
-            total=sum(map(len, todo)), unit="img", disable=True if filling.rank else None) as bar:
+            total=sum(map(len, todo)), unit="img", disable=True if place("cpu")[0] else None) as bar:
         read = (list(pool.map(lambda k: attempt(files[k], size), rows)) for rows in todo)
         for rows, pictures in zip(todo, prefetch(read, 2)):
             own = labels[rows]
@@ -480,17 +461,17 @@ def fill_with_pictures(filling, files, labels, size, vae, device):
                     print(f"skipped {files[rows[i]]}: {u}", file=sys.stderr)
                     own[i], pictures[i] = -1, np.zeros((3, size, size), np.uint8)
             u = np.stack(pictures)                                                # (b, 3, size, size)
-            filling.write(rows, images=encode(vae, u, device) if vae else u, labels=own)
+            shards.write(rows, images=encode(vae, u, device) if vae else u, labels=own)
             bar.update(len(rows))
 
 
-def statistics(moments, good):
-    """Moments (N, 8, h, w) -> float64 (2, 4, h, w), mean and variance of posterior samples of `good` rows."""
-    total = 0.0                                         # of a sample and of its square
-    for rows in np.split(good, range(CHUNK, len(good), CHUNK)):
-        mean, logvar = np.split(moments[rows].astype(np.float64), 2, axis=1)
-        total += np.stack([mean.sum(0), (mean**2 + np.exp(logvar)).sum(0)])
-    mean, square = total / len(good)                                              # each (4, h, w)
+def statistics(shards):
+    """Mean and variance at each position of samples from the good rows' moments, float64 (2, 4, h, w)."""
+    n, total = 0, 0.0                                   # total: of a sample and of its square
+    for moments, labels in zip(shards.parts("images"), shards.parts("labels")):
+        mean, logvar = np.split(moments[labels >= 0].astype(np.float64), 2, axis=1)
+        n, total = n + len(mean), total + np.stack([mean.sum(0), (mean**2 + np.exp(logvar)).sum(0)])
+    mean, square = total / n                                                      # each (4, h, w)
     return np.stack([mean, square - mean**2])
 
 

@@ -11,6 +11,7 @@ each time and puts noise back. What picture k starts from depends on the seed an
 import hashlib
 import math
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -243,25 +244,25 @@ def trajectory(net, decode, labels, path, seed=0, steps=16):
                        duration=[150] * steps + [2000])
 
 
-def write_npz(path, pictures, labels, shape, batch, about):
+def write_npz(path, pictures, labels, batch, about):
     """ADM's sample file: arr_0 uint8 (N, H, W, C), arr_1 the labels (N,). Killed and typed again, it goes on.
 
     pictures(rows): the pictures `rows`, uint8 (b, C, H, W). about: all that they depend on, plain values.
-    Batches stay whole, as company changes the rounding: any number of processes writes the same file.
+    Any number of processes writes the same file.
     """
-    C, H, W = shape
     key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-    filling = data.Filling(f"{path}.unfinished-{key}", len(labels), batch,
-                           arr_0=((H, W, C), np.uint8), arr_1=((), np.int64))
-    for rows in tqdm(filling.todo(), unit="batch", disable=True if filling.rank else None):
+    shards = data.Shards(f"{path}.unfinished-{key}", len(labels), batch)
+    rank = data.place("cpu")[0]
+    for rows in tqdm(shards.todo(), unit="batch", disable=True if rank else None):
         u = pictures(rows).permute(0, 2, 3, 1).numpy()                                  # (b, H, W, C)
-        filling.write(rows, arr_0=u, arr_1=labels[rows].numpy())
+        shards.write(rows, arr_0=u, arr_1=labels[rows].numpy())
     data.wait_for_all()
-    if filling.rank == 0:
-        arrays = {k: np.load(filling.folder / f"{k}.npy", mmap_mode="r") for k in ("arr_0", "arr_1")}
-        with data.replacing(path) as file:
-            np.savez(file, **arrays)                    # piece by piece, never all in memory
-        shutil.rmtree(filling.folder)
+    if rank == 0:
+        with data.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+            for name in ("arr_0", "arr_1"):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as array:
+                    shards.join(name, array)
+        shutil.rmtree(shards.folder)
 
 
 # ---- command line ----------------------------------------------------------------------------------
@@ -309,7 +310,7 @@ def main():
     data.meet()
     if path.suffix == ".npz":
         depends_on = [stat.st_size, stat.st_mtime_ns, str(args), device.type]
-        write_npz(path, pictures, labels, pictures(range(1)).shape[1:], batch, depends_on)
+        write_npz(path, pictures, labels, batch, depends_on)
     else:
         parts = [pictures(range(count)[k:k + batch]) for k in range(0, count, batch)]
         with data.replacing(path) as file:
