@@ -652,18 +652,13 @@ def check_comparable(made, extractors, real, stats):
         raise ValueError(f"the reference holds statistics of other features: {stats.about}")
 
 
-def drawn(args, ckpt, device, real):
+def drawn(args, device, ckpt, real):
     """The Pictures that --ckpt draws as the flags say."""
-    weights = "raw" if args.raw else "ema"
-    net, decode = sample.load(args.ckpt, weights, device)
-    counts = real and real.label_counts or (ckpt.get("data") or {}).get("label_counts")
-    labels = args.labels or ("data" if counts and len(counts) == net.config.classes else "random")
-    grid, sampler = sample.sampling_plan(args.ckpt, args.nfe, args.grid, args.sampler)
-    count = args.samples or min(50_000, real.count if real else 50_000)
-    y = sample.make_labels(labels, count, net.config.classes, args.seed, counts)
-    return from_network(net, decode, y, grid, sampler, args.seed, {
-        "pictures": args.ckpt, "step": ckpt.get("step"), "weights": weights, "nfe": len(grid) - 1,
-        "times": grid, "sampler": sampler, "labels": labels, "seed": args.seed})
+    counts = real and real.label_counts or (ckpt["data"] or {}).get("label_counts")
+    known = counts and len(counts) == ckpt["config"]["model"]["classes"]
+    count = args.samples if args.samples is not None else min(50_000, real.count if real else 50_000)
+    what, words = sample.to_draw(args, device, count, args.labels or ("data" if known else "random"), counts)
+    return from_network(*what, args.seed, words)
 
 
 def main():
@@ -675,32 +670,20 @@ def main():
     p.add_argument("--features", help=f"some of {','.join(FEATURES)} [inception; pixels up to 3x32x32]")
     p.add_argument("--precision-recall", action="store_true", help="these, too; keeps all features in memory")
     p.add_argument("--weights", help="a file for the feature network [the published one, downloaded once]")
-    p.add_argument("--nfe", type=int, help="network evaluations, equally spaced [1]")
-    p.add_argument("--grid", help="the times of the jumps instead, like 1,0.55,0")
-    p.add_argument("--sampler", help="ode or consistency [ode; released files: as published]")
-    p.add_argument("--samples", type=int, help="pictures to draw [as many as real ones, 50,000 at most]")
-    p.add_argument("--labels", help="data (as often as there), balanced or random [data if known, or random]")
-    p.add_argument("--raw", action="store_true", help="the weights as trained, not their running average")
-    p.add_argument("--seed", type=int, default=0, help="picture k depends on the seed and k alone [0]")
-    p.add_argument("--batch", type=int, default=64, help="pictures at a time [64]")
-    p.add_argument("--device", help="cuda or cpu [cuda if there]")
     p.add_argument("--json", metavar="FILE", help="write values and protocol here as well")
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu and sigma, by the first of --features")
+    sample.drawing_flags(p)
     args = p.parse_args()
     rank, world, device = data.place(args.device)
-    if bool(args.ckpt) == bool(args.pictures) or args.nfe and args.grid:
-        raise ValueError("give --ckpt or --pictures, and --nfe or --grid, not both")
-    if args.batch < 1 or args.samples is not None and args.samples < 2:
-        raise ValueError("give a --batch of 1 or more and --samples of 2 or more")
+    if bool(args.ckpt) == bool(args.pictures):
+        raise ValueError("give --ckpt or --pictures")
     ckpt = read_checkpoint(args.ckpt) if args.ckpt else {"config": {}}
     ref = args.ref or ckpt["config"].get("recipe", {}).get("data")
-    real, stats = open_ref(ref, args.size, args.precision_recall) if ref else (None, None)
-    made = drawn(args, ckpt, device, real) if args.ckpt else open_pictures(args.pictures, args.size)
-    extractors = extractors_for(args.features, made.shape, device, args.weights)
-    if not (real or stats or args.save_stats):
+    if not (ref or args.save_stats):
         raise ValueError("nothing to compare with: give --ref, or --save-stats FILE.npz")
-    if args.precision_recall and not real or args.samples and args.pictures:
-        raise ValueError("--precision-recall needs pictures as --ref, --samples a --ckpt")
+    real, stats = open_ref(ref, args.size, args.precision_recall) if ref else (None, None)
+    made = open_pictures(args.pictures, args.size) if args.pictures else drawn(args, device, ckpt, real)
+    extractors = extractors_for(args.features, made.shape, device, args.weights)
     check_comparable(made, extractors, real, stats)
     data.meet()
     keep = args.precision_recall

@@ -52,6 +52,8 @@ def sampling_plan(path, nfe=None, grid=None, sampler=None):
 
     A published file, known by its name, is sampled as published; else equal jumps with the ODE sampler.
     """
+    if nfe is not None and grid is not None:
+        raise ValueError("give --nfe or --grid, not both")
     published, at_two = PUBLISHED.get(Path(path).stem, ("ode", uniform_grid(2)))
     if grid is not None:
         return check_grid(grid.split(",")), sampler or published
@@ -268,38 +270,49 @@ def write_npz(path, pictures, labels, batch, about):
 # ---- command line ----------------------------------------------------------------------------------
 
 
-def parse_flags():
-    p = data.Parser(description="Draw pictures from a checkpoint.")
-    p.add_argument("--ckpt", type=Path, required=True, help="what train.py wrote, or a released file")
+def drawing_flags(p):
+    """The flags that say what is drawn from --ckpt, for fid.py as well."""
     p.add_argument("--raw", action="store_true", help="the weights as trained, not their running average")
-    p.add_argument("--labels", default="balanced", metavar="WHICH", help="balanced, random, data (as "
-                   "frequent as in the training data), or some like 0,1,2, repeated in turn [balanced]")
-    p.add_argument("--samples", type=int, metavar="N", help="pictures [10 a class, 100 at most]")
+    p.add_argument("--labels", metavar="WHICH", help="balanced, random, data (as frequent as in the training "
+                   "data), or some like 0,1,2, repeated in turn [balanced; fid.py: data if known, or random]")
+    p.add_argument("--samples", type=int, metavar="N", help="pictures to draw [10 a class, 100 at most; "
+                   "fid.py: as many as real ones, 50,000 at most]")
     p.add_argument("--seed", type=int, default=0, help="picture k depends on the seed and k alone [0]")
     p.add_argument("--nfe", type=int, help="network evaluations, as equal jumps [1]")
     p.add_argument("--grid", metavar="TIMES", help="the times of the jumps instead, like 1,0.55,0")
     p.add_argument("--sampler", choices=["ode", "consistency"], help="follow the jumps, or jump to the "
                    "picture each time and put noise back [ode; released files: as published]")
-    p.add_argument("--batch", type=int, default=256, help="pictures at a time [256]")
+    p.add_argument("--batch", type=int, default=64, help="pictures at a time [64]")
     p.add_argument("--device", help="cuda or cpu [cuda if there]")
-    p.add_argument("--out", help="FILE.png: a grid; FILE.npz: as ADM's tools want it [a grid beside --ckpt]")
-    return p.parse_args()
+
+
+def to_draw(args, device, count, protocol, label_counts):
+    """What these flags ask for: (net, decode, labels, grid, sampler), see draw; and in words, a dict."""
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: give 1 or more")
+    weights = "raw" if args.raw else "ema"
+    net, decode = load(args.ckpt, weights, device)
+    grid, sampler = sampling_plan(args.ckpt, args.nfe, args.grid, args.sampler)
+    labels = make_labels(protocol, count, net.config.classes, args.seed, label_counts)
+    return (net, decode, labels, grid, sampler), {
+        "pictures": str(args.ckpt), "step": read_checkpoint(args.ckpt).get("step"), "weights": weights,
+        "nfe": len(grid) - 1, "times": grid, "sampler": sampler, "labels": protocol, "seed": args.seed}
 
 
 def main():
-    args = parse_flags()
+    p = data.Parser(description="Draw pictures from a checkpoint.")
+    p.add_argument("--ckpt", type=Path, required=True, help="what train.py wrote, or a released file")
+    p.add_argument("--out", help="FILE.png: a grid; FILE.npz: as ADM's tools want it [a grid beside --ckpt]")
+    drawing_flags(p)
+    args = p.parse_args()
     rank, world, device = data.place(args.device)
-    if args.nfe and args.grid or args.batch < 1:
-        raise ValueError("give --nfe or --grid, not both, and a --batch of 1 or more")
-    grid, sampler = sampling_plan(args.ckpt, args.nfe, args.grid, args.sampler)
-    weights, nfe, batch = "raw" if args.raw else "ema", len(grid) - 1, args.batch
     about, stat = read_checkpoint(args.ckpt).get("data") or {}, args.ckpt.stat()
-    net, decode = load(args.ckpt, weights, device)
-    classes = net.config.classes
-    listed = args.labels.count(",") + 1 if args.labels[:1].isdigit() else classes
+    protocol, classes = "balanced" if args.labels is None else args.labels, about["classes"]
+    listed = protocol.count(",") + 1 if protocol[:1].isdigit() else classes
     count = min(100, 10 * listed) if args.samples is None else args.samples
-    labels = make_labels(args.labels, count, classes, args.seed, about.get("label_counts"))
-    path = Path(args.out or args.ckpt.parent / f"grid_{sampler}_nfe{nfe}_{weights}.png")
+    (net, decode, labels, grid, sampler), words = to_draw(
+        args, device, count, protocol, about.get("label_counts"))
+    path = Path(args.out or args.ckpt.parent / f"grid_{sampler}_nfe{words['nfe']}_{words['weights']}.png")
     if path.suffix not in (".png", ".npz") or path.suffix == ".png" and world > 1:
         raise ValueError(f"--out {path}: give FILE.npz or, for one process, FILE.png")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,16 +322,15 @@ def main():
 
     data.meet()
     if path.suffix == ".npz":
-        depends_on = [stat.st_size, stat.st_mtime_ns, str(args), device.type]
-        write_npz(path, pictures, labels, batch, depends_on)
+        depends_on = [stat.st_size, stat.st_mtime_ns, words, count, args.batch, device.type]
+        write_npz(path, pictures, labels, args.batch, depends_on)
     else:
-        parts = [pictures(range(count)[k:k + batch]) for k in range(0, count, batch)]
+        parts = [pictures(range(count)[k:k + args.batch]) for k in range(0, count, args.batch)]
         with data.replacing(path) as file:
             sheet = labelled_grid(torch.cat(parts), labels, about.get("names") or range(classes))
             sheet.save(file, format="PNG")
     if rank == 0:
-        print(f"wrote {path}: {count} pictures, {weights} weights, {nfe} NFE, {sampler}, times "
-              f"{','.join(f'{t:g}' for t in grid)}, labels {args.labels}, seed {args.seed}")
+        print(f"wrote {path}: {count} " + ", ".join(f"{k} {v}" for k, v in words.items()))
 
 
 if __name__ == "__main__":

@@ -440,7 +440,7 @@ def test_two_processes_measure_what_one_does(light, values, tmp_path):
 @pytest.mark.parametrize("words, said", [
     ("", "--ckpt or --pictures"), ("--ckpt nowhere.pt", "nowhere.pt"), ("--ckpt garbage.pt", "garbage.pt"),
     ("CKPT --pictures digits", "--ckpt or --pictures"), ("--pictures digits", "--ref"),
-    ("CKPT --samples 1", "--samples of 2"), ("CKPT --samples 0", "--samples of 2"),
+    ("CKPT --samples 1", "too few"), ("CKPT --samples 0", "--samples 0"),
     ("CKPT --batch 0", "--batch"), ("CKPT --seed -1", "seeds"), ("CKPT --nfe 0", "--nfe 0"),
     ("CKPT --nfe two", "two"), ("CKPT --nfe 1 --grid 1,0", "not both"), ("CKPT --grid 0,1", "falling"),
     ("CKPT --grid 0.9,0", "starts at 0.9"), ("CKPT --grid 1,half,0", "half"), ("CKPT --labels list", "list"),
