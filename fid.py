@@ -658,7 +658,7 @@ def drawn(args, device, ckpt, real):
     known = counts and len(counts) == ckpt["config"]["model"]["classes"]
     count = args.samples if args.samples is not None else min(50_000, real.count if real else 50_000)
     what, words = sample.to_draw(args, device, count, args.labels or ("data" if known else "random"), counts)
-    return from_network(*what, args.seed, words)
+    return from_network(*what, args.seed, {"pictures": args.ckpt, **words})
 
 
 def main():

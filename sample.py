@@ -295,8 +295,8 @@ def to_draw(args, device, count, protocol, label_counts):
     grid, sampler = sampling_plan(args.ckpt, args.nfe, args.grid, args.sampler)
     labels = make_labels(protocol, count, net.config.classes, args.seed, label_counts)
     return (net, decode, labels, grid, sampler), {
-        "pictures": str(args.ckpt), "step": read_checkpoint(args.ckpt).get("step"), "weights": weights,
-        "nfe": len(grid) - 1, "times": grid, "sampler": sampler, "labels": protocol, "seed": args.seed}
+        "step": read_checkpoint(args.ckpt).get("step"), "weights": weights, "nfe": len(grid) - 1,
+        "times": grid, "sampler": sampler, "labels": protocol, "seed": args.seed}
 
 
 def main():
@@ -330,7 +330,8 @@ def main():
             sheet = labelled_grid(torch.cat(parts), labels, about.get("names") or range(classes))
             sheet.save(file, format="PNG")
     if rank == 0:
-        print(f"wrote {path}: {count} " + ", ".join(f"{k} {v}" for k, v in words.items()))
+        how = ", ".join(f"{k} {v}" for k, v in words.items())
+        print(f"wrote {path}: {count} pictures of {args.ckpt}, {how}")
 
 
 if __name__ == "__main__":

@@ -441,8 +441,8 @@ def drive(folder, args, kill="", world=1):
                           env={**os.environ, "KILL": kill}, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("point, left", [("000000000.npz", 44), ("16", 28), ("images.npy", 0), ("labels.npy", 0),
-                                         ("meta.json", 0)])
+@pytest.mark.parametrize("point, left", [("000000000.npz", 44), ("16", 28), ("images.npy", 0),
+                                         ("labels.npy", 0), ("meta.json", 0)])
 def test_killed_and_continued_makes_the_same_bytes(src, whole, tmp_path, monkeypatch, point, left):
     out, looked, picture = tmp_path / "out", [], data.picture
     assert drive(tmp_path, arguments(src, out), point).returncode == -9

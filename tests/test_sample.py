@@ -237,7 +237,8 @@ def test_a_trajectory_goes_from_the_noise_to_the_picture(ckpt, tmp_path):
 def test_the_grid_has_a_row_of_ten_for_each_class(flags, name, labels, ckpt, command):
     status, out, err = command("--ckpt", ckpt, "--nfe", 2, *flags)
     n, weights = len(labels), name[-7:-4]
-    assert (status, err) == (0, "") and f"{name}: {10 * n} pictures" in out and f"weights {weights}, nfe 2" in out
+    assert (status, err) == (0, "") and f"{name}: {10 * n} pictures of {ckpt}" in out
+    assert f"weights {weights}, nfe 2" in out
     assert "times [1.0, 0.5, 0.0]" in out and "seed 0" in out
     net, decode = sample.load(ckpt, weights)
     drawn = decode(sample.draw(net, torch.tensor(labels * 10), range(10 * n), [1, 0.5, 0]))
