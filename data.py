@@ -337,19 +337,26 @@ def fetch(filename, checksum, urls, folder):
 
 
 LECUN = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
-MNIST = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",      # md5
-         "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432"}
+MNIST = {   # archive: its md5 as published, and the md5 of what is inside, for archives packed by others
+    "train-images-idx3-ubyte.gz": ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "6bbc9ace898e44ae57da46a324031adb"),
+    "train-labels-idx1-ubyte.gz": ("d53e105ee54ea40749a09fcbcd1e9432", "a25bea736e30d166cdddb491f175f624"),
+}
 CIFAR10 = ("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
            ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"])
 
 
 def mnist(out, source=None):
     """The 60,000 training digits, zero-padded from 28x28 to 32x32, which patches of 2 and 4 divide."""
-    raw = []
-    for name, md5 in MNIST.items():
-        path = fetch(name, md5, [] if source else [url + name for url in LECUN], source or out / "download")
-        raw.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8))
-    digits, labels = raw[0][16:].reshape(-1, 28, 28), raw[1][8:]                  # without their headers
+    arrays = []
+    for name, (md5, md5_inside) in MNIST.items():
+        path = source / name if source else fetch(name, md5, [url + name for url in LECUN], out / "download")
+        raw = path.read_bytes()
+        with contextlib.suppress(Exception):            # a damaged archive stays as it is
+            raw = gzip.decompress(raw)
+        if hashlib.md5(raw).hexdigest() != md5_inside:
+            raise ValueError(f"{path} is not the published file (its md5 differs): get it again")
+        arrays.append(np.frombuffer(raw, np.uint8))
+    digits, labels = arrays[0][16:].reshape(-1, 28, 28), arrays[1][8:]            # without their headers
     images = np.pad(digits, ((0, 0), (2, 2), (2, 2)))[:, None]                    # (60000, 1, 32, 32)
     publish(out, labels, list("0123456789"), images, key="mnist",
             source="MNIST, training part (LeCun, Cortes, Burges), CC BY-SA 3.0")
