@@ -1,4 +1,4 @@
-"""Train a DiT with the α-Flow objective, on one CPU or on many GPUs. The loop is train(), near the end.
+"""Train a DiT with the α-Flow objective, on one CPU or on many GPUs. The loop is train().
 
     python train.py                                        # digits, on a laptop, in minutes
     python train.py --data mnist                           # after: python data.py mnist
@@ -16,12 +16,10 @@ import copy
 import json
 import math
 import os
-import resource
 import signal
-import sys
 import textwrap
-import time
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 
 # A thread that has to wait tries again for a while, then sleeps. A shorter while makes training twice as fast
@@ -29,7 +27,7 @@ from types import SimpleNamespace
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,45 +43,42 @@ from model import FORMAT, build, read_checkpoint
 # Every setting of a run: its flag, the paper's value for ImageNet-256 (α-Flow §5, appendix), what it means.
 
 SETTINGS = {
-    "data": {
-        "data": ("imagenet256", "digits, mnist, cifar10, imagenet256 or a prepared folder"),
-        "flip": (False, "mirror half of the pictures, or of the latents (the paper does not)"),
-        "seed": (0, "of weights, batches and noise"),
-    },
-    "objective": {
-        "alpha_schedule": ("sigmoid", "constant, step, linear, log, exponential, sigmoid or cosine"),
-        "alpha_window": ((0.0, 1.0), "where α moves, as fractions A,B of the run"),
-        "alpha_start": (1.0, "α before the window"),
-        "alpha_end": (0.0, "α after the window"),
-        "alpha_gamma": (25.0, "steepness γ of sigmoid and exponential"),
-        "alpha_clamp": (0.005, "η: a moving α < η snaps to 0, α > 1-η to 1"),
-        "fm_ratio": (0.5, "share of the batch with r = t, which is plain flow matching"),
-        "time_mean": (-0.4, "mean of the logit-normal times"),
-        "time_std": (1.0, "standard deviation of the logit-normal times"),
-        "omega": (1.0, "ω of the guidance trained in; its effective scale is ω/(1-κ)"),
-        "kappa": (0.0, "κ of the guidance trained in"),
-        "t_min": (0.0, "guidance and label dropping act for t_min < t < t_max"),
-        "t_max": (1.0, "see t_min"),
-        "label_drop": (0.0, "probability of the null label inside that interval"),
-        "clip": (4.0, "bound of the discrete target (0 < α <= 1)"),
-        "c": (1e-3, "constant of the adaptive weight 1/(err + c)"),
-        "shrink_c": (False, "use c·α² for r < t at α > 0, which keeps late gradients alive"),
-    },
-    "optimisation": {
-        "steps": (400_000, "length of the run, in optimizer steps"),
-        "batch": (256, "pictures a step, over all processes and micro-batches"),
-        "lr": (1e-4, "Adam's learning rate after the warm-up"),
-        "lr_decay": ("constant", "what follows the warm-up: constant, or linear or cosine to 0 at the end"),
-        "lr_tail": (1.0, "share of the run, at its end, in which the rate falls (unless constant)"),
-        "warmup": (10_000, "steps of linear learning-rate warm-up"),
-        "beta1": (0.9, "Adam's β₁"),
-        "beta2": (0.95, "Adam's β₂"),
-        "grad_clip": (16.0, "largest gradient norm"),
-        "ema_half_life": (6931.0, "of the averaged weights, in steps (6931 is a decay of 0.9999)"),
-        "ema_ramp": (0.05, "the half-life at step k is at most this times k"),
-    },
+    "model": ("B/2", "recipe, which sets all else, or any SIZE/PATCH; not given: the one that fits --data"),
+    "data": ("imagenet256", "digits, mnist, cifar10, imagenet256 or a prepared folder"),
+    "flip": (False, "mirror half of the pictures, or of the latents (the paper does not)"),
+    "seed": (0, "of weights, batches and noise"),
+    # the objective
+    "alpha_schedule": ("sigmoid", "constant, step, linear, log, exponential, sigmoid or cosine"),
+    "alpha_window": ((0.0, 1.0), "where α moves, as fractions A,B of the run"),
+    "alpha_start": (1.0, "α before the window"),
+    "alpha_end": (0.0, "α after the window"),
+    "alpha_gamma": (25.0, "steepness γ of sigmoid and exponential"),
+    "alpha_clamp": (0.005, "η: a moving α < η snaps to 0, α > 1-η to 1"),
+    "fm_ratio": (0.5, "share of the batch with r = t, which is plain flow matching"),
+    "time_mean": (-0.4, "mean of the logit-normal times"),
+    "time_std": (1.0, "standard deviation of the logit-normal times"),
+    "omega": (1.0, "ω of the guidance trained in; its effective scale is ω/(1-κ)"),
+    "kappa": (0.0, "κ of the guidance trained in"),
+    "t_min": (0.0, "guidance and label dropping act for t_min < t < t_max"),
+    "t_max": (1.0, "see t_min"),
+    "label_drop": (0.0, "probability of the null label inside that interval"),
+    "clip": (4.0, "bound of the discrete target (0 < α <= 1)"),
+    "c": (1e-3, "constant of the adaptive weight 1/(err + c)"),
+    "shrink_c": (False, "use c·α² for r < t at α > 0, which keeps late gradients alive"),
+    # the optimisation
+    "steps": (400_000, "length of the run, in optimizer steps"),
+    "batch": (256, "pictures a step, over all processes and micro-batches"),
+    "lr": (1e-4, "Adam's learning rate after the warm-up"),
+    "lr_decay": ("constant", "what follows the warm-up: constant, or linear to 0 at the end"),
+    "lr_tail": (1.0, "share of the run, at its end, in which a linear rate falls"),
+    "warmup": (10_000, "steps of linear learning-rate warm-up"),
+    "beta1": (0.9, "Adam's β₁"),
+    "beta2": (0.95, "Adam's β₂"),
+    "grad_clip": (16.0, "largest gradient norm"),
+    "ema_half_life": (6931.0, "of the averaged weights, in steps (6931 is a decay of 0.9999)"),
+    "ema_ramp": (0.05, "the half-life at step k is at most this times k"),
 }
-PAPER = {name: default for group in SETTINGS.values() for name, (default, _) in group.items()}
+PAPER = {name: default for name, (default, _) in SETTINGS.items()}
 
 GUIDED = dict(steps=1_200_000, label_drop=0.1)
 XL_GUIDED = dict(GUIDED, omega=0.2, kappa=0.92, t_max=0.75)
@@ -117,8 +112,10 @@ RECIPES = {                 # --model: what differs from the paper's common sett
 
 
 def network_name(model):
-    """The network of a recipe: "B/2" for "meanflow-B/2-cfg"."""
-    return model.removeprefix("meanflow-").removeprefix("fm-").removesuffix("-cfg").removesuffix("+")
+    """The network of a recipe, "B/2" for "meanflow-B/2-cfg"; what is no recipe must be a network's name."""
+    if model not in RECIPES:
+        return model
+    return model.removesuffix("+").removesuffix("-cfg").split("-")[-1]
 
 
 def recipe_for(dataset):
@@ -128,82 +125,76 @@ def recipe_for(dataset):
         return "B/2"
     if size <= 8:
         return "Na/2"
-    return ("Ti/4" if channels == 1 else "Mi/2") if size <= 32 else "Mi/4"
+    if size <= 32:
+        return "Ti/4" if channels == 1 else "Mi/2"
+    return "Mi/4"
 
 
 def parse_flags():
-    """The command line. A setting's default here is None: as the recipe, or the resumed run, has it."""
+    """The command line. A setting that was not typed is None: the recipe has it, or the resumed run."""
     def pair(text):
         first, second = text.split(",")
         return float(first), float(second)
 
-    p = data.Parser(description="Train a DiT with the α-Flow objective.")
-    p.add_argument("--model", help="recipe, which sets all else [the one that fits --data]: "
-                   f"{', '.join(RECIPES)}; or any SIZE/PATCH")
+    p = data.Parser(description=f"Train a DiT with the α-Flow objective. Recipes: {', '.join(RECIPES)}.")
+    # the run and the machine
+    p.add_argument("--out", help="folder of the run [out/DATA]")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
+    p.add_argument("--init-from", help="start from the EMA weights of another checkpoint")
+    p.add_argument("--device", help="cuda or cpu [cuda if there]")
+    p.add_argument("--accumulate", type=int, default=1, help="micro-batches a step, to save memory [1]")
+    p.add_argument("--recompute", action="store_true", help="backward computes the blocks again: less memory")
+    p.add_argument("--precision", choices=("bf16", "fp32"), help="of products [bf16 on CUDA, else fp32]")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the blocks [on CUDA]")
+    # reports
+    p.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl [10]")
+    p.add_argument("--preview-every", type=int, help="steps between pictures [a tenth of the run]")
+    p.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints [10]")
+    p.add_argument("--conflict-every", type=int, help="steps between measurements of the gradients' cosines")
+    p.add_argument("--eval-every", type=int, help="steps between measurements by fid.py, EMA weights [never]")
+    p.add_argument("--eval-samples", type=int, help="pictures drawn for that [as in --data, at most 50,000]")
+    p.add_argument("--eval-ref", help="real pictures or statistics, see fid.py --ref [the training data]")
+    # the recipe
     p.add_argument("--alpha", type=float, help="a constant α: --alpha-schedule constant --alpha-start α")
-    for title, settings in SETTINGS.items():
-        group = p.add_argument_group(f"{title} (in brackets the paper's value; recipes differ)")
-        for name, (default, text) in settings.items():
-            kind = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else \
-                dict(type=pair if isinstance(default, tuple) else type(default))
-            group.add_argument(flag(name), default=None, help=f"{text} [{default}]", **kind)
-    g = p.add_argument_group("run and machine")
-    g.add_argument("--out", help="folder of the run [out/DATA]")
-    g.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
-    g.add_argument("--init-from", metavar="CKPT", help="start from another checkpoint's EMA weights")
-    g.add_argument("--overwrite", action="store_true", help="replace the run that is already in --out")
-    g.add_argument("--device", help="cuda or cpu [cuda if there]")
-    g.add_argument("--accumulate", type=int, default=1, help="micro-batches a step, to save memory [1]")
-    g.add_argument("--recompute", action="store_true", help="backward computes the blocks again: less memory")
-    g.add_argument("--precision", choices=("bf16", "fp32"), help="of products [bf16 on CUDA, else fp32]")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the blocks [on CUDA]")
-    g = p.add_argument_group("reports")
-    g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl [10]")
-    g.add_argument("--preview-every", type=int, help="steps between pictures [a tenth of the run]")
-    g.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints [10]")
-    g.add_argument("--conflict-every", type=int, help="steps between measurements of the gradients' cosines")
-    g.add_argument("--eval-every", type=int, help="steps between measurements by fid.py [never]")
-    g.add_argument("--eval-samples", type=int, help="pictures drawn for that [as many as real ones]")
-    g.add_argument("--eval-ref", help="real pictures or statistics, see fid.py --ref [the training data]")
+    group = p.add_argument_group("settings (in brackets the paper's value; recipes differ)")
+    for name, (default, text) in SETTINGS.items():
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": pair if isinstance(default, tuple) else type(default)}
+        group.add_argument("--" + name.replace("_", "-"), help=f"{text} [{default}]", **kind)
     return p.parse_args()
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
 def resolve(args, saved=None):
-    """(recipe, data set): a resumed run's own recipe or the model's, with the given flags on top.
-
-    ValueError, in one line, for what makes no sense; the schedule and the times check what they are given.
+    """(recipe, data set): the saved recipe of a resumed run or the one of --model, what was typed on top.
+    ValueError for what makes no sense; the schedule and the times check what they are given.
     """
-    name = args.data or saved and saved["data"]
-    model = args.model or saved and saved["model"] or (recipe_for(data.load(name)) if name else "Na/2")
-    own = RECIPES.get(model, {})
-    if model not in RECIPES and network_name(model) != model:       # "meanflow-B/4" would train α-Flow
-        raise ValueError(f"unknown recipe {model!r}: give one of {', '.join(RECIPES)}, or SIZE/PATCH")
-    if saved and model != saved["model"]:
-        raise ValueError(f"--resume continues a {saved['model']}, not a {model}; see --init-from")
-    given = {k: v for k, v in vars(args).items() if k in PAPER and v is not None}       # what was typed
-    recipe = {"model": model, **PAPER, **(saved or own), **given}       # the last one wins
-    if args.alpha is not None:
-        if moving := [k for k in given if k.startswith("alpha_")]:
-            raise ValueError(f"--alpha is a constant, so {flag(moving[0])} would do nothing")
-        recipe.update(alpha_schedule="constant", alpha_start=args.alpha)
+    given = {name: value for name, value in vars(args).items() if name in PAPER and value is not None}
+    if saved:
+        recipe = saved | given
+    else:
+        model = args.model or recipe_for(data.load(args.data or "digits"))
+        own = PAPER | RECIPES.get(model, {}) | {"model": model}
+        recipe = own | given
+        # The recipe's warm-up was made for its own run, and can be longer than this one.
+        if args.warmup is None and (args.steps or recipe["data"] != own["data"]):
+            recipe["warmup"] = min(own["warmup"], recipe["steps"] // 10)
     if args.alpha_schedule == "step" and args.alpha_window is None and not saved:
         recipe["alpha_window"] = (0.5, 0.5)             # in the whole-run window the step would be at step 0
-    other_data = recipe["data"] != (PAPER | own)["data"]
-    if "warmup" not in given and not saved and (other_data or "steps" in given and "warmup" not in own):
-        recipe["warmup"] = min(recipe["warmup"], recipe["steps"] // 10)     # it may be longer than the run
-    positive = ("steps", "batch", "lr", "lr_tail", "grad_clip", "ema_half_life", "clip", "c")
-    wrong = [name for name in positive if not recipe[name] > 0]
-    if recipe["lr_decay"] not in ("constant", "linear", "cosine"):
-        wrong.append("lr_decay")
-    if recipe["alpha_schedule"] != "constant" and recipe["alpha_start"] == recipe["alpha_end"]:
-        wrong.append("alpha_start")                     # of a MeanFlow recipe: α would not move
-    if wrong:
-        raise ValueError(f"{flag(wrong[0])} cannot be {recipe[wrong[0]]}: see --help")
-    alpha_of(recipe, 0)                                 # raises if the schedule makes no sense
+    if args.alpha is not None:
+        if any(name.startswith("alpha") for name in given):
+            raise ValueError("--alpha is a constant: give it without any other --alpha-... flag")
+        recipe |= {"alpha_schedule": "constant", "alpha_start": args.alpha}
+
+    for name in ("steps", "batch", "lr", "lr_tail", "grad_clip", "clip", "c"):
+        if not recipe[name] > 0:
+            raise ValueError(f"{name} must be more than 0, not {recipe[name]}")
+    if recipe["lr_decay"] not in ("constant", "linear"):
+        raise ValueError(f"lr_decay must be constant or linear, not {recipe['lr_decay']}")
+    still = alpha_of(recipe, 0) == alpha_of(recipe, recipe["steps"])        # raises for a bad schedule
+    if still and recipe["alpha_schedule"] != "constant":
+        raise ValueError("alpha would not move: see --alpha-start, --alpha-end and --alpha-window")
     sample_times(1, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"])
     return recipe, data.load(recipe["data"], seed=recipe["seed"], flip=recipe["flip"])
 
@@ -211,16 +202,17 @@ def resolve(args, saved=None):
 # ---- what depends on the step alone ----------------------------------------------------------------
 
 def alpha_of(recipe, step):
-    return alpha_at(step, recipe["steps"], recipe["alpha_schedule"], recipe["alpha_window"],
-                    recipe["alpha_start"], recipe["alpha_end"], recipe["alpha_gamma"], recipe["alpha_clamp"])
+    """The α of a step, as the curriculum of the recipe has it."""
+    names = ("schedule", "window", "start", "end", "gamma", "clamp")
+    return alpha_at(step, recipe["steps"], *(recipe[f"alpha_{name}"] for name in names))
 
 
 def lr_at(recipe, step):
     """Linear warm-up, then constant; with a decay, down to 0 over the last `lr_tail` of the run."""
     lr = recipe["lr"] * min(1, (step + 1) / max(1, recipe["warmup"]))
-    left = min(1, (1 - step / recipe["steps"]) / recipe["lr_tail"])                 # 1 before the tail
-    cosine = (1 - math.cos(math.pi * left)) / 2
-    return lr * {"constant": 1, "linear": left, "cosine": cosine}[recipe["lr_decay"]]
+    if recipe["lr_decay"] == "constant":
+        return lr
+    return lr * min(1, (1 - step / recipe["steps"]) / recipe["lr_tail"])
 
 
 def ema_decay(recipe, step):
@@ -249,264 +241,106 @@ def random_numbers(run, step):
 
 # ---- a run: fresh, from another's weights, or as an interrupted one left it --------------------------
 
-def open_run(args):
-    """(folder, checkpoint or None): where the run lives, and what it continues from."""
-    name = args.data or (PAPER | RECIPES.get(args.model or "Na/2", {}))["data"]
-    out = Path(args.out or f"out/{Path(name).name}")
-    path = out / "ckpt.pt"
-    if path.exists() and not (args.resume or args.overwrite):
-        raise ValueError(f"{out} already holds a run: give --resume, --overwrite or another --out")
-    ckpt = read_checkpoint(path) if args.resume and path.exists() else None
-    if ckpt and "optimizer" not in ckpt:
-        raise ValueError(f"{path} holds no training state to resume; see --init-from")
-    return out, ckpt
-
-
-def assemble(args, rank, world, device):
+def assemble(args):
     """All that the loop works on. ValueError, in one line, for what does not fit together."""
-    say = tqdm.write if rank == 0 else lambda *_: None         # like print, beside a progress bar
-    out, ckpt = open_run(args)
+    rank, world, device = data.place(args.device)
+    say = tqdm.write if rank == 0 else lambda *_: None          # like print, beside a progress bar
+    cuda, parts = device.type == "cuda", world * args.accumulate
+    own = PAPER | RECIPES.get(args.model or "Na/2", {})
+    out = Path(args.out or f"out/{Path(args.data or own['data']).name}")
+    path, ckpt = out / "ckpt.pt", None
+    if path.exists():
+        if not args.resume:
+            raise ValueError(f"{out} already holds a run: give --resume or another --out, or delete it")
+        ckpt = read_checkpoint(path)
+        if "optimizer" not in ckpt:
+            raise ValueError(f"{path} holds no training state to resume: see --init-from")
     recipe, dataset = resolve(args, ckpt and ckpt["config"]["recipe"])
-    C, size, _ = dataset.shape
-    if args.accumulate < 1 or args.log_every < 1 or recipe["batch"] % (world * args.accumulate):
+    if args.log_every < 1 or args.accumulate < 1 or recipe["batch"] % parts:
         raise ValueError(f"--log-every and --accumulate are 1 or more, and --batch {recipe['batch']} is a "
                          f"multiple of {world} processes x --accumulate {args.accumulate}")
+
+    channels, size, _ = dataset.shape
     torch.manual_seed(recipe["seed"])                   # the same first weights on all processes
-    model = build(network_name(recipe["model"]), size, C, dataset.classes)
-    if ckpt and ckpt["config"]["model"] != vars(model.config):
-        raise ValueError(f"{recipe['data']} has other sizes or classes than the run that is to be resumed")
+    model = build(network_name(recipe["model"]), size, channels, dataset.classes)
     if args.init_from and not ckpt:
         init_from(model, args.init_from, say)
     model.to(device)
     model.recompute = args.recompute
-    ema = copy.deepcopy(model).requires_grad_(False)           # the averaged weights
+    ema = copy.deepcopy(model).requires_grad_(False)    # the averaged weights
     optimizer = torch.optim.Adam(model.parameters(), betas=(recipe["beta1"], recipe["beta2"]), fused=True)
     if ckpt:
+        was = ckpt["config"]["recipe"]["model"], ckpt["config"]["model"]
+        if was != (recipe["model"], vars(model.config)):
+            raise ValueError(f"{path} is no run of {recipe['model']} on {recipe['data']}: see --init-from")
         model.load_state_dict(ckpt["net"])
         ema.load_state_dict(ckpt["ema"])
-        options = optimizer.state_dict()["param_groups"]            # this run's and this device's
-        optimizer.load_state_dict(ckpt["optimizer"] | {"param_groups": options})
-    start = ckpt["step"] if ckpt else 0
-    if start > recipe["steps"]:
-        raise ValueError(f"that run has done {start} steps: give more --steps")
+        state = ckpt["optimizer"]["state"]              # Adam's settings are those of this run and its device
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     latents = None
     if isinstance(dataset, data.Latents):               # what a checkpoint must hold, to decode samples
         latents = {"mean": dataset.mean, "std": dataset.std, "vae": dataset.about["vae"]}
-    cuda = device.type == "cuda"
     return SimpleNamespace(
-        args=args, recipe=recipe, dataset=dataset, out=out, start=start, rank=rank, world=world, say=say,
-        device=device, model=model, ema=ema, optimizer=optimizer, latents=latents,
-        # Only what goes into and out of products is rounded: weights, targets, residual stream, norms, times
-        # and loss are float32.
-        precision=args.precision or ("bf16" if cuda else "fp32"),
-        # To decode one latent takes a CPU seconds: no pictures then.
-        decode=sample.decoder(latents, device) if cuda or not latents else None)
+        args=args, say=say, rank=rank, world=world, parts=parts, device=device, cuda=cuda,
+        recipe=recipe, dataset=dataset, latents=latents, decode=sample.decoder(latents, device),
+        out=out, start=ckpt["step"] if ckpt else 0, model=model, ema=ema, optimizer=optimizer,
+        # Only products are rounded: weights, targets, residual stream, norms, times and loss are float32.
+        precision=args.precision or ("bf16" if cuda else "fp32"))
 
 
 def init_from(model, path, say):
-    """Copy the weights wherever name and shape agree, and say what did not; ValueError if most did not."""
+    """Copy the weights wherever name and shape agree, and say where not; ValueError if most do not."""
     theirs, ours = read_checkpoint(path)["ema"], model.state_dict()
     fits = {k: w for k, w in theirs.items() if k in ours and w.shape == ours[k].shape}
     if len(fits) < len(ours) / 2:
         raise ValueError(f"--init-from {path}: {len(fits)} of {len(ours)} tensors fit this network")
     model.load_state_dict(fits, strict=False)
-    new = ", ".join(sorted(ours.keys() - fits)) or "none"
-    say(f"init-from {path}: {len(fits)} of {len(ours)} tensors; new here: {new}")
+    say(f"init-from {path}: {len(fits)} of {len(ours)} tensors; new here: {sorted(ours.keys() - fits)}")
 
-
-def save(run, finished):
-    """Written beside it, flushed, renamed: whenever we are killed, ckpt.pt is a whole checkpoint."""
-    ckpt = {"format": FORMAT, "net": run.model.state_dict(), "ema": run.ema.state_dict(),
-            "optimizer": run.optimizer.state_dict(), "step": finished, "data": run.dataset.describe(),
-            "config": {"model": vars(run.model.config), "recipe": run.recipe}, "latents": run.latents}
-    try:
-        with data.replacing(run.out / "ckpt.pt") as file:
-            torch.save(ckpt, file)
-    except (OSError, RuntimeError) as error:            # how torch says that the disk is full
-        raise OSError(f"cannot save {run.out}/ckpt.pt, is the disk full? ({str(error)[:80]})") from None
-
-
-# ---- what it costs ---------------------------------------------------------------------------------
-
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}    # bf16
-
-
-def flops_of_forward(model):
-    """FLOPs of one forward for one picture, as PyTorch counts them; a multiply-add is two."""
-    z = model.pos_embed.new_zeros(1, model.config.channels, model.config.size, model.config.size)
-    t = z.new_zeros(1)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(z, t, t, t.long())                        # attention as plain products: others it cannot count
-    return counter.get_total_flops()
-
-
-def forwards_of_step(recipe, alpha):
-    """About what a step costs in forwards of its batch: prediction 3, backward included, and target."""
-    jumps = 1 - recipe["fm_ratio"]
-    target = 0 if alpha == 1 else jumps if alpha > 0 else 2 * jumps     # du/dt: see Linear in model.py
-    if (recipe["omega"], recipe["kappa"]) == (1, 0):
-        return 3 + target
-    times = torch.distributions.Normal(recipe["time_mean"], recipe["time_std"])
-    ends = torch.tensor([recipe["t_min"], recipe["t_max"]], dtype=torch.float64).clamp(0, 1).logit()
-    low, high = times.cdf(ends).tolist()
-    fm, jump = (1 - jumps) * (high - low), jumps * (high**2 - low**2)       # guided; t is the later of two
-    return 3 + target + fm + 2 * jump                   # one pass without the label, one with it if r < t
-
-
-def utilisation(run, alpha, images_per_s):
-    """Share of the GPUs' bf16 peak that the counted FLOPs are; None where the peak is not known."""
-    name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
-    for key, peak in PEAK_TFLOPS.items():
-        if key in name:
-            return images_per_s * forwards_of_step(run.recipe, alpha) * run.flops / (peak * 1e12 * run.world)
-
-
-# ---- reports ---------------------------------------------------------------------------------------
 
 def open_folder(run):
-    """Prepare the folder of the run: a log that ends where the run goes on, nothing else of an older run."""
+    """Save the recipe, and cut the log to where the run goes on: a kill leaves lines of later steps."""
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / "recipe.json").write_text(json.dumps(run.recipe, indent=1) + "\n")
-    path, old = run.out / "log.jsonl", []
-    if run.start == 0:                                  # with --overwrite there can be an older run
-        for file in (*run.out.glob("ckpt.pt"), *run.out.glob("samples_*.png")):
-            file.unlink()
-    elif path.exists():
-        old = [line for line in path.read_text().splitlines(keepends=True)      # the last can be cut short
-               if line.endswith("}\n") and json.loads(line)["step"] < run.start]
+    path, kept = run.out / "log.jsonl", ""
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):         # the last one can be cut short
+            if line.endswith("}\n") and json.loads(line)["step"] < run.start:
+                kept += line
     with data.replacing(path) as file:
-        file.write("".join(old).encode())
+        file.write(kept.encode())
 
 
-def log(run, step, values):
-    """Add a line to log.jsonl, and return what it says."""
-    line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items() if v is not None}
-    if run.rank == 0:
-        with open(run.out / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
-    return line
-
-
-def preview(run, done):
-    """The same noise through raw and averaged weights in one and two evaluations: four rows of pictures."""
-    columns = 10 if run.dataset.shape[-1] > 8 else 20
-    labels, rows = torch.arange(columns) % run.dataset.classes, range(columns)
-    pictures = [run.decode(sample.draw(net, labels, rows, sample.uniform_grid(nfe))).cpu()
-                for net in (run.model, run.ema) for nfe in (1, 2)]
-    names = ["raw, 1 NFE", "raw, 2 NFE", "EMA, 1 NFE", "EMA, 2 NFE"]
-    sample.contact_sheet(torch.cat(pictures), columns, names).save(run.out / f"samples_{done:07d}.png")
-
-
-PANELS = [      # of curve.png: what one says, its lowest value, its numbers in log.jsonl, black and red
-    ("alpha: the share of a jump that is walked along v; 0 is MeanFlow", 0, ["alpha"]),
-    ("err: mean squared error of rows with r = t (black) and with r < t (red)", 0, ["err_fm", "err_jump"]),
-    ("tangent: mean |delta du/dt|, the part of a target that can run away", 0, ["tangent"]),
-    ("conflict: cosine of the gradients of L_TFM and L_TC at alpha = 0 (black) and at alpha now (red)", -1,
-     ["cos_tfm_tc", "cos_tfm_tc_now"]),
-]
-
-
-def curve(run, width=1600, height=300):
-    """A picture of log.jsonl, one panel a message, the steps from left to right."""
-    rows = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
-    fm = run.recipe["fm_ratio"]
-    share = {"err_fm": fm or 1, "err_jump": 1 - fm or 1}            # the log has means over the whole batch
-
-    def line(name):
-        return [(row["step"], row[name] / share.get(name, 1)) for row in rows if name in row]
-
-    panels = [panel for panel in PANELS if line(panel[2][0])]
-    image = Image.new("RGB", (width, height * len(panels)), "white")
-    pen, font, left, right = ImageDraw.Draw(image), ImageFont.load_default(28), 130, width - 20
-    for i, (title, low, names) in enumerate(panels):
-        ceiling, floor = i * height + 60, (i + 1) * height - 24
-        values = sorted(value for name in names for _, value in line(name))
-        high = 1.0 if low < 0 else values[int(0.99 * (len(values) - 1))] or 1.0     # but for rare spikes
-        pen.text((left, ceiling - 50), title, fill="black", font=font)
-        for value, y in ((high, ceiling), (low, floor)):
-            pen.line([(left, y), (right, y)], fill="#cccccc", width=2)
-            pen.text((left - 12, y), f"{value:.2g}", fill="#888888", font=font, anchor="rm")
-        for name, colour in zip(names, ("black", "#d62728")):
-            scale = (floor - ceiling) / (high - low)
-            at = [(left + (right - left) * step / run.recipe["steps"],
-                   floor - scale * (min(max(value, low), high) - low)) for step, value in line(name)]
-            pen.line(at, fill=colour, width=4)
-    image.reduce(2).save(run.out / "curve.png")         # drawn at twice the size, for smooth lines
-
-
-def evaluation(run):
-    """A function -> {"FID 1 NFE": ..., ...} of the EMA weights now, which all processes call together."""
-    if not run.decode:
-        raise ValueError("--eval-every on latents needs a GPU")
-    ref, counts = run.args.eval_ref, run.dataset.describe()["label_counts"]
-    real, stats = fid.open_ref(ref) if ref else (fid.from_dataset(run.dataset), None)
-    count = run.args.eval_samples or min(50_000, real.count if real else 50_000)
-    labels = sample.make_labels("data", count, run.dataset.classes, 0, counts)
-    made = {nfe: fid.from_network(run.ema, run.decode, labels, sample.uniform_grid(nfe), "ode", 0, {})
-            for nfe in (1, 2)}                          # drawn anew whenever they are measured
-    extractors = fid.extractors_for(None, made[1].shape, run.device)
-    fid.check_comparable(made[1], extractors, real, stats)
-    theirs = stats or fid.measure(real, extractors)[0]
-    run.say(f"evaluation: {count} pictures of the EMA weights, labels as in the data, seed 0, against "
-            f"{ref or run.dataset.name}; {extractors[0].name}")
-
-    def evaluate():
-        values = {}
-        for nfe, pictures in made.items():
-            found = fid.compare(extractors[0], *fid.measure(pictures, extractors), theirs)
-            values |= {f"{title} {nfe} NFE": value for title, value in found.items()}
-        return values
-    return evaluate
-
-
-def conflict(run, alpha):
-    """The paper's measurement at α = 0 and at the current α, on a fixed micro-batch and the raw weights."""
-    numbers, (rows, x, y) = random_numbers(run, 0), next(micro_batches(run, 0))
-    x = run.dataset.sample(x.to(run.device), numbers["posterior"][rows])
-    t, r = sample_times(len(x), 0.0, run.recipe["time_mean"], run.recipe["time_std"], data.generator(0))
-    options = {k: run.objective[k] for k in ("omega", "kappa", "t_min", "t_max", "null")}
-    options.update(e=numbers["e"][rows], t=t, r=r)
-    now = gradient_conflict(run.model, x, y, alpha, **options) if alpha > 0 else {}
-    return gradient_conflict(run.model, x, y, 0.0, **options) | {f"{k}_now": v for k, v in now.items()}
-
-
-# ---- compiled blocks -------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------
 
 def compile_blocks(run):
     """Compile each block, and call the objective at every kind of α, so that no program is made later.
-
-    The compiler fits its first program to one number of rows. When it meets another number, it makes a
-    program for all numbers: so it meets one here. If it fails on one process, all go on without it.
+    The compiler fits its first program to one number of rows. When it meets another, it makes one for all.
     """
     run.say("compiling the blocks, which can take some minutes (--no-compile does without)")
     torch._dynamo.config.optimize_ddp = False           # which would cut the blocks once more
     for block in run.model.blocks:
         block.compile()
-    numbers, n, problem = random_numbers(run, 0), run.world * run.args.accumulate, ""
+    numbers = random_numbers(run, 0)
     try:
         for alpha in (1.0, 0.5, 0.5, 0.0):
             backward(run, micro_batches(run, 0), numbers, alpha)
-            numbers["r"][-n:] = numbers["t"][-n:]       # two times can be equal by chance: one jump fewer
+            # Two times can be equal by chance: here it is so in one row of each micro-batch.
+            numbers["r"][-run.parts:] = numbers["t"][-run.parts:]
     except Exception as error:                          # which can raise nearly anything
-        problem = repr(error)[:200]
+        raise ValueError(f"the compiler failed, give --no-compile ({str(error)[:200]})") from error
     run.optimizer.zero_grad()                           # no step was made
-    if any(fid.of_all(torch.tensor([len(problem)]))):
-        torch.compiler.set_stance("force_eager")
-        run.say(f"the compiler failed, so the run goes on without it ({problem or 'in another process'})")
 
-
-# ---- training --------------------------------------------------------------------------------------
 
 def micro_batches(run, start):
     """All that is to be seen from step `start` on, in order: (rows, x, y), labels y on the CPU (see loss.py).
 
     rows: which ones of the global batch. With a stride, because the first ones are the cheap ones with r = t.
     """
-    parts = run.world * run.args.accumulate
     for step in range(start, run.recipe["steps"]):
-        for first in range(run.rank, parts, run.world):
-            x, y = run.dataset.batch(step, first, parts, run.recipe["batch"])
-            yield slice(first, None, parts), x.pin_memory() if run.device.type == "cuda" else x, y
+        for first in range(run.rank, run.parts, run.world):
+            x, y = run.dataset.batch(step, first, run.parts, run.recipe["batch"])
+            yield slice(first, None, run.parts), x.pin_memory() if run.cuda else x, y
 
 
 def backward(run, loader, numbers, alpha):
@@ -526,16 +360,19 @@ def backward(run, loader, numbers, alpha):
 
 
 def train(run):
-    """The loop. Step k is a function of the state after step k-1 and of (seed, k): to resume is to go on."""
+    """The loop. Step k is a function of the state after step k-1 and of (seed, k): to resume is to go on.
+    Returns how many steps are done: all, or fewer after a signal.
+    """
     args, recipe, steps = run.args, run.recipe, run.recipe["steps"]
     loader, stop = data.prefetch(micro_batches(run, run.start)), []
     for number in (signal.SIGTERM, signal.SIGINT):      # the latter is Ctrl-C; Ctrl-\ ends a run at once
         signal.signal(number, lambda *_: stop.append(True))
     parameters, averages = list(run.model.parameters()), list(run.ema.parameters())
-    logged, clock, saved = run.start - 1, time.perf_counter(), time.perf_counter()
-    bar = tqdm(range(run.start, steps), initial=run.start, total=steps, disable=True if run.rank else None)
+    done, seconds, saved = run.start, [], perf_counter()
+    bar = tqdm(range(done, steps), initial=done, total=steps, disable=True if run.rank else None)
     for step in bar:
-        alpha = alpha_of(recipe, step)
+        began = perf_counter()
+        alpha, lr = alpha_of(recipe, step), lr_at(recipe, step)
         stats = backward(run, loader, random_numbers(run, step), alpha)     # targets, loss, gradients
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not math.isfinite(norm + stats["loss"]):     # here the host waits for the device
@@ -543,109 +380,234 @@ def train(run):
                              "checkpoint stays, go on from it with --resume and a smaller --lr")
         if norm > recipe["grad_clip"]:
             torch.nn.utils.clip_grads_with_norm_(parameters, recipe["grad_clip"], norm)
-        run.optimizer.param_groups[0]["lr"] = lr_at(recipe, step)      # warm-up and decay
+        run.optimizer.param_groups[0]["lr"] = lr        # warm-up and decay
         run.optimizer.step()                            # Adam
         run.optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - ema_decay(recipe, step))        # the EMA
+        seconds.append(perf_counter() - began)          # of training alone, without what follows
 
         done = step + 1
         # All must stop at the same step, and to ask the others costs time.
         asked = run.world == 1 or step % 10 == 0
-        stopping = done == steps or asked and any(fid.of_all(torch.tensor([len(stop)])))
-        measuring = args.eval_every and (done % args.eval_every == 0 or done == steps)
-        began = time.perf_counter()
+        stopping = done == steps or asked and any(fid.of_all(torch.tensor(len(stop))))
         if step % args.log_every == 0 or stopping:
-            speed = recipe["batch"] * (step - logged) / (began - clock)
             means = torch.stack(fid.of_all(torch.stack(list(stats.values())))).mean(0)      # over processes
-            row = dict(zip(stats, means.tolist()), alpha=alpha, lr=lr_at(recipe, step), grad_norm=norm.item(),
-                       images_per_s=speed, mfu=utilisation(run, alpha, speed),
-                       memory_mb=memory_mb(run.device))
-            log(run, step, row)
-            bar.set_postfix(alpha=alpha, err=row["err"], images_per_s=speed, mfu=row["mfu"])
-            logged, clock = step, began
-        if run.rank == 0 and (stopping or measuring or began - saved > 60 * args.save_every):
+            row = dict(zip(stats, means.tolist()), alpha=alpha, lr=lr, grad_norm=norm.item())
+            row = log(run, step, row | speed(run, alpha, seconds))
+            bar.set_postfix(alpha=alpha, err=row["err"])
+            seconds.clear()
+        if run.rank == 0 and (stopping or perf_counter() - saved > 60 * args.save_every):
             save(run, done)                             # before what takes long or can fail
-            saved = began
+            saved = perf_counter()
         with torch.compiler.set_stance("force_eager"):              # pictures would need other programs
-            report(run, step, alpha, measuring)
-        clock += time.perf_counter() - began            # images_per_s is about training alone
+            report(run, step, alpha)
         if stopping:
-            return done
-    return steps
+            break
+    return done
 
 
-def memory_mb(device):
-    """Peak memory of this process, on the GPU where there is one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # kB, but bytes on macOS
-    return peak / 2**(20 if sys.platform == "darwin" else 10)
+def save(run, done):
+    """Written beside it, flushed, renamed: whenever we are killed, ckpt.pt is a whole checkpoint."""
+    ckpt = {"format": FORMAT, "net": run.model.state_dict(), "ema": run.ema.state_dict(),
+            "optimizer": run.optimizer.state_dict(), "step": done, "data": run.dataset.describe(),
+            "config": {"model": vars(run.model.config), "recipe": run.recipe}, "latents": run.latents}
+    try:
+        with data.replacing(run.out / "ckpt.pt") as file:
+            torch.save(ckpt, file)
+    except (OSError, RuntimeError) as error:            # how torch says that the disk is full
+        raise OSError(f"cannot save {run.out}/ckpt.pt, is the disk full? ({str(error)[:80]})") from None
 
 
-def report(run, step, alpha, measuring):
-    """Pictures, curves and measurements, where they are due after step `step`."""
-    args, done, steps, first = run.args, step + 1, run.recipe["steps"], run.rank == 0
-    if first and args.conflict_every and step % args.conflict_every == 0:
+# ---- what a step costs -----------------------------------------------------------------------------
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}    # bf16
+
+
+def flops_of_forward(model):
+    """FLOPs of one forward for one picture, as PyTorch counts them; a multiply-add is two."""
+    z = model.pos_embed.new_zeros(1, model.config.channels, model.config.size, model.config.size)
+    t = z.new_zeros(1)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(z, t, t, t.long())                        # attention as plain products: others it cannot count
+    return counter.get_total_flops()
+
+
+def forwards_of_step(recipe, alpha):
+    """About what a step costs in forwards of its batch: prediction, backward included, target, guidance."""
+    jumps = 1 - recipe["fm_ratio"]
+    passes = 0 if alpha == 1 else 1 if alpha > 0 else 2     # for the target; du/dt: see Linear in model.py
+    cost = 3 + passes * jumps
+    if (recipe["omega"], recipe["kappa"]) != (1, 0):
+        times = torch.distributions.Normal(recipe["time_mean"], recipe["time_std"])
+        low, high = times.cdf(torch.tensor([recipe["t_min"], recipe["t_max"]]).logit()).tolist()
+        cost += (1 - jumps) * (high - low)              # one pass without the label; t is one draw
+        cost += 2 * jumps * (high**2 - low**2)          # and one with it; t is the later one of two draws
+    return cost
+
+
+def speed(run, alpha, seconds):
+    """For the log: pictures a second; on a GPU peak memory, on a known one its utilisation (MFU), too."""
+    images_per_s = run.recipe["batch"] * len(seconds) / sum(seconds)
+    found = {"images_per_s": images_per_s}
+    if run.cuda:
+        found["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        for name, peak in PEAK_TFLOPS.items():
+            if name in torch.cuda.get_device_name():
+                flops = images_per_s * forwards_of_step(run.recipe, alpha) * run.flops
+                found["mfu"] = flops / (peak * 1e12 * run.world)
+    return found
+
+
+# ---- reports ---------------------------------------------------------------------------------------
+
+def log(run, step, values):
+    """Add a line to log.jsonl, numbers with six digits, and return it."""
+    line = {"step": step}
+    for name, value in values.items():
+        line[name] = float(f"{value:.6g}") if isinstance(value, float) else value
+    if run.rank == 0:
+        with open(run.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    return line
+
+
+def report(run, step, alpha):
+    """Measurements and pictures that are due after step `step`: every so many steps, and at the end."""
+    args, done, steps = run.args, step + 1, run.recipe["steps"]
+
+    def due(every):
+        return every and (done % every == 0 or done == steps)
+
+    if run.rank == 0 and due(args.conflict_every):
         log(run, step, conflict(run, alpha))
-    if first and (done % (args.preview_every or max(1, steps // 10)) == 0 or done == steps):
+    if run.rank == 0 and due(args.preview_every or max(1, steps // 10)):
         try:
-            if run.decode:
-                preview(run, done)
             curve(run)
+            if run.cuda or not run.latents:     # to decode a latent takes a CPU seconds
+                preview(run, done)
         except (OSError, ValueError, RuntimeError) as error:        # a picture is not worth the run
             run.say(f"no pictures after step {step}: {error}")
-    if measuring:
-        values = log(run, step, run.evaluate())         # all processes take part
-        run.say(f"step {step}: {values}")
+    if due(args.eval_every):
+        run.say(f"measured: {log(run, step, run.evaluate())}")      # all processes take part
 
 
-def introduce(run):
-    """Say what runs here: network, data, recipe, cost."""
-    recipe, dataset, run.flops = dict(run.recipe), run.dataset, flops_of_forward(run.model)
-    # The half-life that is reached: in a short run the ramp ends below it.
-    recipe["ema_half_life"] = min(recipe["ema_half_life"], round(recipe["ema_ramp"] * recipe["steps"], 3))
-    run.say(f"{recipe['model']}, {sum(p.numel() for p in run.model.parameters()):,} parameters, "
-            f"{run.flops / 1e9:.3g} GFLOPs a forward, on {dataset.name}, {len(dataset):,} of "
-            f"{'x'.join(map(str, dataset.shape))}; {run.device}, {run.world} "
-            f"process{'es' * (run.world > 1)}, {run.precision} products")
-    run.say(textwrap.fill("recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items()), 110))
-    if run.args.resume:
-        run.say(f"resuming at step {run.start}" if run.start else "no run to resume yet: starting one")
+def preview(run, done):
+    """The same noise through raw and averaged weights, in one and two evaluations; at the end a film."""
+    labels, rows = torch.arange(10) % run.dataset.classes, range(10)
+    pictures = [run.decode(sample.draw(network, labels, rows, sample.uniform_grid(nfe))).cpu()
+                for network in (run.model, run.ema) for nfe in (1, 2)]
+    names = ["raw, 1 NFE", "raw, 2 NFE", "EMA, 1 NFE", "EMA, 2 NFE"]
+    sample.contact_sheet(torch.cat(pictures), 10, names).save(run.out / f"samples_{done:07d}.png")
+    if done == run.recipe["steps"]:
+        sample.trajectory(run.ema, run.decode, labels, run.out / "trajectory.gif")
+
+
+PANELS = {      # of curve.png: numbers in log.jsonl, the first in black and the second in red; title
+    ("alpha",): "alpha, the share of a jump that is walked along v",
+    ("err_fm", "err_jump"): "err, its parts from rows with r = t (black) and with r < t (red)",
+    ("tangent",): "tangent, the part of a target that can run away",
+    ("cos_tfm_tc", "cos_tfm_tc_now"): "conflict, cosine of two gradients at alpha = 0 (black) and now (red)",
+}
+
+
+def curve(run, width=1600, height=300):
+    """A picture of log.jsonl, one panel a message, the steps from left to right, a grey line at zero."""
+    rows = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
+    panels = [names for names in PANELS if any(names[0] in row for row in rows)]
+    image = Image.new("RGB", (width, height * len(panels)), "white")
+    pen = ImageDraw.Draw(image)
+    for i, names in enumerate(panels):
+        values = sorted(row[name] for name in names for row in rows if name in row)
+        low = min(0.0, values[0])
+        high = max(0.0, values[len(values) * 99 // 100]) or 1.0         # rare spikes are cut off
+        scale = (height - 80) / (high - low)
+        zero = (i + 1) * height - 20 + scale * low
+        title = f"{PANELS[names]}: {low:.2g} to {high:.2g}"
+        pen.text((10, i * height + 10), title, "black", font_size=28)
+        pen.line([(0, zero), (width, zero)], "#cccccc", width=2)
+        for name, colour in zip(names, ("black", "#d62728")):
+            points = [(width * row["step"] / run.recipe["steps"], zero - scale * min(row[name], high))
+                      for row in rows if name in row]
+            pen.line(points, colour, width=4)
+    image.reduce(2).save(run.out / "curve.png")         # drawn at twice the size, for smooth lines
+
+
+def conflict(run, alpha):
+    """The paper's measurement at α = 0 and at the current α, on a fixed micro-batch and the raw weights."""
+    recipe, numbers = run.recipe, random_numbers(run, 0)
+    rows, x, y = next(micro_batches(run, 0))
+    x = run.dataset.sample(x.to(run.device), numbers["posterior"][rows])
+    t, r = sample_times(len(x), 0.0, recipe["time_mean"], recipe["time_std"], data.generator(0))
+    options = {name: run.objective[name] for name in ("omega", "kappa", "t_min", "t_max", "null")}
+    options |= {"e": numbers["e"][rows], "t": t, "r": r}
+    found = gradient_conflict(run.model, x, y, 0.0, **options)
+    if alpha > 0:
+        for name, value in gradient_conflict(run.model, x, y, alpha, **options).items():
+            found[f"{name}_now"] = value
+    return found
+
+
+def evaluation(run):
+    """A function -> {"FID 1 NFE": ..., ...} of the EMA weights now, which all processes call together."""
+    ref = run.args.eval_ref or run.recipe["data"]
+    real, stats = fid.open_ref(ref)
+    count = run.args.eval_samples or min(50_000, len(run.dataset))
+    counts = run.dataset.describe()["label_counts"]     # labels are drawn as often as they occur there
+    labels = sample.make_labels("data", count, run.dataset.classes, 0, counts)
+    made = {nfe: fid.from_network(run.ema, run.decode, labels, sample.uniform_grid(nfe), "ode", 0, {})
+            for nfe in (1, 2)}                          # drawn anew whenever they are measured
+    extractors = fid.extractors_for(None, made[1].shape, run.device)
+    fid.check_comparable(made[1], extractors, real, stats)
+    theirs = stats or fid.measure(real, extractors)[0]
+
+    def evaluate():
+        values = {"pictures": count, "reference": ref}
+        for nfe, pictures in made.items():
+            found = fid.compare(extractors[0], *fid.measure(pictures, extractors), theirs)
+            values |= {f"{title} {nfe} NFE": value for title, value in found.items()}
+        return values
+    return evaluate
 
 
 def main():
     args = parse_flags()
-    run = assemble(args, *data.place(args.device))
-    introduce(run)
-    cuda = run.device.type == "cuda"
-    data.meet("nccl" if cuda else "gloo", minutes=60)
-    if any(start != run.start for start in fid.of_all(torch.tensor([run.start]))):
+    run = assemble(args)
+    recipe, dataset, model = run.recipe, run.dataset, run.model
+    run.flops = flops_of_forward(model)
+    run.say(f"{recipe['model']}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{run.flops / 1e9:.3g} GFLOPs a forward; {len(dataset):,} of {dataset.name}, {dataset.shape}; "
+            f"{run.world} x {run.device}, {run.precision} products; steps {run.start} to {recipe['steps']}")
+    # The half-life that is reached: in a short run the ramp ends below it.
+    reached = min(recipe["ema_half_life"], round(recipe["ema_ramp"] * recipe["steps"], 3))
+    shown = recipe | {"ema_half_life": reached}
+    run.say(textwrap.fill("recipe: " + ", ".join(f"{name} {value}" for name, value in shown.items()), 110))
+
+    data.meet("nccl" if run.cuda else "gloo", minutes=60)
+    if any(start != run.start for start in fid.of_all(torch.tensor(run.start))):
         raise ValueError("the processes would start at different steps: all must see the same --out")
     if args.eval_every:
         run.evaluate = evaluation(run)
 
     names = ("omega", "kappa", "t_min", "t_max", "label_drop", "clip", "c", "shrink_c")
-    # The prediction goes through DDP, whose backward averages gradients; targets need none and do without.
-    run.objective = {name: run.recipe[name] for name in names} | dict(
-        null=run.model.config.classes, target_net=run.model,
+    run.objective = {name: recipe[name] for name in names} | {
+        "null": model.config.classes,
+        # The prediction goes through DDP, whose backward averages gradients; targets need none.
+        "target_net": model,
         # The compiler would make one more program of each block for forward mode.
-        derivative=torch.compiler.set_stance("force_eager")(du_dt))
-    run.ddp_model = run.model                           # no other process need be there to compile
-    if cuda if args.compile is None else args.compile:
-        compile_blocks(run)
+        "derivative": torch.compiler.set_stance("force_eager")(du_dt)}
+    run.ddp_model = model
+    if args.compile or args.compile is None and run.cuda:
+        compile_blocks(run)                             # no other process need be there for it
     if run.world > 1:
-        run.ddp_model = DistributedDataParallel(run.model, gradient_as_bucket_view=True)    # no second copy
+        run.ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)        # no second copy
     if run.rank == 0:
-        open_folder(run)                                # what could be wrong with the command has been seen
+        open_folder(run)                                 # what could be wrong with the command has been seen
     done = train(run)
-    if done < run.recipe["steps"]:
+    if done < recipe["steps"]:
         run.say(f"stopped after step {done}, saved; the same command with --resume goes on")
-        return
-    if run.rank == 0 and run.decode:
-        labels = torch.arange(10) % run.dataset.classes
-        sample.trajectory(run.ema, run.decode, labels, run.out / "trajectory.gif")
-    run.say(f"done: the run is in {run.out}/. Next: python sample.py --ckpt {run.out}/ckpt.pt --nfe 1")
+    else:
+        run.say(f"done, in {run.out}/. Next: python sample.py --ckpt {run.out}/ckpt.pt --nfe 1")
 
 
 if __name__ == "__main__":

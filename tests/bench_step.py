@@ -20,7 +20,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from loss import alpha_flow_loss  # noqa: E402
 from model import build  # noqa: E402
-from train import memory_mb  # noqa: E402
 
 VARIANTS = {                # name: (alpha, share of rows with r = t, guidance)
     "flow matching": (1.0, 1.0, {}),
@@ -65,8 +64,8 @@ def main():
     base = statistics.median(seconds["flow matching"][2:])
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
     machine = torch.cuda.get_device_name() if x.is_cuda else cpu
-    print(f"{args.model}, batch {args.batch}, torch {torch.__version__}, {machine}, "
-          f"peak memory {memory_mb(x.device):,.0f} MB")
+    memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MB" if x.is_cuda else ""
+    print(f"{args.model}, batch {args.batch}, torch {torch.__version__}, {machine}{memory}")
     for name, values in seconds.items():
         median = statistics.median(values[2:])
         print(f"{name:22s} {1000 * median:8.1f} ms   x {median / base:.2f}")

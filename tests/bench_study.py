@@ -200,9 +200,11 @@ def mnist_run(settings, seed, watch, out=Path("out/study")):
     steps = settings["steps"]
     flags = BASE["mnist"] | settings | dict(data="mnist", seed=seed, device="cpu", preview_every=steps)
     flags |= dict(conflict_every=steps // 40) if watch else {}
-    command = ["train.py", "--out", str(out), "--overwrite"]
+    (out / "ckpt.pt").unlink(missing_ok=True)           # of the run before
+    command = ["train.py", "--out", str(out)]
     for name, value in flags.items():                   # True is a flag alone, a list is A,B
-        command += [train.flag(name)] + [str(value).strip("[]").replace(" ", "")] * (value is not True)
+        name = "--" + name.replace("_", "-")
+        command += [name] + [str(value).strip("[]").replace(" ", "")] * (value is not True)
     result, found = {"command": "python " + " ".join(command)}, {}
     done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True)
     if done.returncode:                                 # it stops where the loss is not finite
