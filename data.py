@@ -1,7 +1,6 @@
 """Pictures in, tensors out; and what all scripts share: seeds, rounding, safe files, errors in one line.
 
-    python data.py mnist                                              # 10 MB to download; or --from DIR
-    python data.py cifar10                                            # 170 MB
+    python data.py mnist              # or cifar10; downloads 10 or 170 MB, or reads them from --from DIR
     python data.py folder --src DIR --size 64 --out data/flowers      # your own .png .jpg .jpeg .webp
     python data.py folder --src DIR --size 256 --latents --out data/mine         # as SD-VAE latents
     torchrun --nproc_per_node=8 data.py imagenet --src DIR            # latents, writes data/imagenet256
@@ -16,6 +15,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import glob
 import gzip
 import hashlib
 import json
@@ -66,8 +66,6 @@ def run(main):
             time.sleep(5)           # what is wrong for all, the first one says, and its end ends the others
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def place(device=None):
@@ -154,26 +152,23 @@ class Shards:
 
     def __init__(self, folder, count, chunk):
         self.folder, self.count = Path(folder), count
-        self.chunks = [range(count)[k:k + chunk] for k in range(0, count, chunk)]
+        self.files = {range(count)[k:k + chunk]: self.folder / f"{k:09d}.npz" for k in range(0, count, chunk)}
         self.folder.mkdir(parents=True, exist_ok=True)
-
-    def file(self, rows):
-        return self.folder / f"{rows.start:09d}.npz"
 
     def todo(self):
         """The chunks, as ranges of rows, that this process has to make and that are not there yet."""
         rank, world, _ = place("cpu")
-        return [rows for rows in self.chunks[rank::world] if not self.file(rows).exists()]
+        return [rows for rows in list(self.files)[rank::world] if not self.files[rows].exists()]
 
     def write(self, rows, **arrays):
         """Store what the arrays hold in the chunk `rows`."""
-        with replacing(self.file(rows)) as file:
+        with replacing(self.files[rows]) as file:
             np.savez(file, **arrays)
 
     def parts(self, name):
         """One of the arrays, chunk by chunk."""
-        for rows in self.chunks:
-            with np.load(self.file(rows)) as arrays:
+        for file in self.files.values():
+            with np.load(file) as arrays:
                 yield arrays[name]
 
     def join(self, name, file):
@@ -192,19 +187,16 @@ class Shards:
 class Dataset:
     """Labelled pictures, and which of them belong to which step.
 
-    images: uint8 (M, C, H, W), memory-mapped if prepared. labels: int64 (M,), -1 where a file could not be
-    read; N are left. about: name, shape of a picture, classes, names of the classes, range (lo, hi) of the
-    stored integers, source. ValueError if they do not agree.
+    images: uint8 (M, C, H, W). labels: int64 (M,), -1 where a file could not be read; N are left. about:
+    name, classes, their names, range (lo, hi) of the stored integers. ValueError if they do not agree.
     """
-    stored, dtype = 1, np.uint8                         # stored channels for each one of `shape`
 
     def __init__(self, images, labels, about, seed=0, flip=False):
         self.images, self.about, self.seed, self.flip = images, about, seed, flip
         self.good = np.flatnonzero(labels >= 0)                                   # (N,)
         self.labels = labels[self.good]
-        self.name, self.classes, self.shape = about["name"], about["classes"], tuple(about["shape"])
-        whole = (len(labels), self.stored * self.shape[0], *self.shape[1:])
-        if images.shape != whole or images.dtype != self.dtype or self.labels.max() >= self.classes:
+        self.name, self.classes, self.shape = about["name"], about["classes"], images.shape[1:]
+        if len(images) != len(labels) or self.labels.max() >= self.classes:
             raise ValueError("pictures, labels and meta.json do not fit together")
 
     def __len__(self):
@@ -212,8 +204,7 @@ class Dataset:
 
     def describe(self):
         """Plain values for a checkpoint: what it was trained on."""
-        counts = np.bincount(self.labels, minlength=self.classes).tolist()
-        return {**self.about, "count": len(self), "label_counts": counts}
+        return {**self.about, "label_counts": np.bincount(self.labels, minlength=self.classes).tolist()}
 
     def read(self, rows):
         """The pictures `rows` of N (whatever numpy indexes with), float32 (b, C, H, W) in [-1, 1]."""
@@ -230,27 +221,25 @@ class Dataset:
 
         batch_size is the global one: b = batch_size / world, namely rows rank, rank + world, ... of the
         batch that one process alone would get. A pure function of (seed, step): there is no position to
-        save or restore. An epoch is one permutation cut into whole batches; the rest sits it out.
-        ValueError if world does not divide batch_size.
+        save or restore. An epoch is one permutation cut into whole batches; the rest sits it out. A batch
+        larger than the set goes round in it. ValueError if world does not divide batch_size.
         """
         if batch_size < 1 or batch_size % world:
             raise ValueError(f"a batch of {batch_size} cannot be divided over {world} processes")
-        passes = -(-batch_size // len(self))            # permutations joined: 2 or more if batch_size > N
-        epoch, k = divmod(step, passes * len(self) // batch_size)
-        order = permutations(self.seed, range(epoch * passes, (epoch + 1) * passes), len(self))
-        rows = order[k * batch_size:(k + 1) * batch_size][rank::world]            # (b,)
+        epoch, k = divmod(step, max(1, len(self) // batch_size))
+        places = np.arange(k * batch_size, (k + 1) * batch_size) % len(self)
+        rows = permutation(self.seed, epoch, len(self))[places[rank::world]]      # (b,)
         x, y = self.read(rows), torch.from_numpy(self.labels[rows])
         if self.flip:                                   # one coin a row of the global batch
-            coins = np.random.default_rng(seeds(1, self.seed, step)).random(batch_size) < 0.5
-            mine = torch.from_numpy(coins[rank::world])
-            x[mine] = x[mine].flip(-1)
+            coins = np.random.default_rng(seeds(1, self.seed, step)).random(batch_size)[rank::world] < 0.5
+            x[coins] = x[coins].flip(-1)
         return x, y
 
 
 @functools.lru_cache(2)
-def permutations(seed, epochs, count):
-    """Of each of the `epochs`, a range, the numbers 0 .. count - 1 in random order, one after the other."""
-    return np.concatenate([np.random.default_rng(seeds(0, seed, e)).permutation(count) for e in epochs])
+def permutation(seed, epoch, count):
+    """The numbers 0 .. count - 1 in the order of this epoch."""
+    return np.random.default_rng(seeds(0, seed, epoch)).permutation(count)
 
 
 class Latents(Dataset):
@@ -259,12 +248,11 @@ class Latents(Dataset):
     images: their moments, float16 (M, 8, h, w), means and log-variances. about has also vae, which one,
     and stats, (2, 4, h, w), taken out of it: mean and variance over the set at each position.
     """
-    stored, dtype = 2, np.float16
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         mean, var = torch.tensor(self.about.pop("stats"), dtype=torch.float64)    # each (4, h, w)
-        self.mean, self.std = mean.float(), var.sqrt().float()
+        self.mean, self.std, self.shape = mean.float(), var.sqrt().float(), tuple(mean.shape)
 
     def read(self, rows):
         return torch.from_numpy(self.images[self.good[rows]])                     # (b, 8, h, w)
@@ -297,12 +285,22 @@ def load(name_or_folder, seed=0, flip=False):
         raise ValueError(f"{folder} is damaged ({error}): delete it and prepare it again") from None
 
 
-# ---- downloads -------------------------------------------------------------------------------------
+# ---- preparing a data set: downloads, and your own pictures as pixels or latents ---------------------
+
+LECUN = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
+MNIST = {   # archive: its md5 as published, and the md5 of what is inside, for archives packed by others
+    "train-images-idx3-ubyte.gz": ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "6bbc9ace898e44ae57da46a324031adb"),
+    "train-labels-idx1-ubyte.gz": ("d53e105ee54ea40749a09fcbcd1e9432", "a25bea736e30d166cdddb491f175f624"),
+}
+CIFAR10 = ("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
+           ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"])
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+CHUNK = 64              # pictures that are read, encoded and written together
 
 
 def cache_folder():
-    """Where downloaded networks are kept: $ALPHAFLOW_CACHE, else ~/.cache/alphaflow."""
-    return Path(os.environ.get("ALPHAFLOW_CACHE") or Path.home() / ".cache" / "alphaflow")
+    """Where downloads are kept: $ALPHAFLOW_CACHE, else ~/.cache/alphaflow."""
+    return Path(os.environ.get("ALPHAFLOW_CACHE") or "~/.cache/alphaflow").expanduser()
 
 
 def checksum_of(path, kind="sha256"):
@@ -336,20 +334,11 @@ def fetch(filename, checksum, urls, folder):
     raise ValueError(f"no {filename} ({problem}): get it in another way and put it at {path}")
 
 
-LECUN = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
-MNIST = {   # archive: its md5 as published, and the md5 of what is inside, for archives packed by others
-    "train-images-idx3-ubyte.gz": ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "6bbc9ace898e44ae57da46a324031adb"),
-    "train-labels-idx1-ubyte.gz": ("d53e105ee54ea40749a09fcbcd1e9432", "a25bea736e30d166cdddb491f175f624"),
-}
-CIFAR10 = ("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
-           ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"])
-
-
 def mnist(out, source=None):
-    """The 60,000 training digits, zero-padded from 28x28 to 32x32, which patches of 2 and 4 divide."""
+    """MNIST's 60,000 training digits (LeCun et al., CC BY-SA 3.0), padded from 28x28 to 32x32."""
     arrays = []
     for name, (md5, md5_inside) in MNIST.items():
-        path = source / name if source else fetch(name, md5, [url + name for url in LECUN], out / "download")
+        path = source / name if source else fetch(name, md5, [url + name for url in LECUN], cache_folder())
         raw = path.read_bytes()
         with contextlib.suppress(Exception):            # a damaged archive stays as it is
             raw = gzip.decompress(raw)
@@ -358,25 +347,17 @@ def mnist(out, source=None):
         arrays.append(np.frombuffer(raw, np.uint8))
     digits, labels = arrays[0][16:].reshape(-1, 28, 28), arrays[1][8:]            # without their headers
     images = np.pad(digits, ((0, 0), (2, 2), (2, 2)))[:, None]                    # (60000, 1, 32, 32)
-    publish(out, labels, list("0123456789"), images, key="mnist",
-            source="MNIST, training part (LeCun, Cortes, Burges), CC BY-SA 3.0")
+    publish(out, labels, list("0123456789"), images, key="mnist")
 
 
 def cifar10(out, source=None):
-    """The 50,000 training pictures of CIFAR-10, 3x32x32, from the archive of plain bytes."""
+    """The 50,000 training pictures of CIFAR-10 (Krizhevsky, 2009), 3x32x32."""
     name, md5, urls = CIFAR10
-    with tarfile.open(fetch(name, md5, [] if source else urls, source or out / "download")) as tar:
-        files = {Path(member.name).name: tar.extractfile(member).read() for member in tar if member.isfile()}
-    raw = b"".join(files[f"data_batch_{i}.bin"] for i in range(1, 6))
-    rows = np.frombuffer(raw, np.uint8).reshape(-1, 1 + 3 * 32 * 32)              # label, then R, G, B
-    publish(out, rows[:, 0], files["batches.meta.txt"].decode().split(), rows[:, 1:].reshape(-1, 3, 32, 32),
-            key="cifar10", source="CIFAR-10, training part (Krizhevsky, 2009)")
-
-
-# ---- your own pictures, as pixels or as latents: list, read, encode, write ---------------------------
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-CHUNK = 64              # pictures that are read, encoded and written together
+    with tarfile.open(fetch(name, md5, [] if source else urls, source or cache_folder())) as tar:
+        parts = [tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read() for i in range(1, 6)]
+        names = tar.extractfile("cifar-10-batches-bin/batches.meta.txt").read().decode().split()
+    rows = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # label, then R, G, B
+    publish(out, rows[:, 0], names, rows[:, 1:].reshape(-1, 3, 32, 32), key="cifar10")
 
 
 def listing(src):
@@ -385,9 +366,8 @@ def listing(src):
     A class is a first-level folder, however deep its pictures lie; without folders there is one, "all".
     ValueError: `src` is no folder, holds no picture, or has pictures beside class folders.
     """
-    found = (Path(root, name) for root, _, names in os.walk(src, followlinks=True) for name in names)
-    inside = sorted(path.relative_to(src) for path in found if path.suffix.lower() in PICTURES)
-    inside = [path for path in inside if not any(part.startswith(".") for part in path.parts)]
+    found = map(Path, glob.iglob("**/*", root_dir=src, recursive=True))           # relative to src
+    inside = sorted(path for path in found if path.suffix.lower() in PICTURES)
     if not inside:
         raise ValueError(f"{src} is no folder or holds no picture: looked for {' '.join(PICTURES)}")
     classes = [path.parts[0] if len(path.parts) > 1 else "all" for path in inside]
@@ -428,9 +408,9 @@ def prepare(src, out, size, vae=None, device=None):
     size: pixels a side. vae: None, or "ema" or a file (see find_vae): then latents are stored.
     Damaged files are reported and left out. ValueError for what does not fit.
     """
-    rank, world, device = place(device or (None if vae else "cpu"))
-    if not 4 <= size <= 2048 or vae and size % 8:
-        raise ValueError(f"--size {size}: give 4 to 2048, for latents a multiple of 8")
+    rank, _, device = place(device or (None if vae else "cpu"))
+    if size < 1 or vae and size % 8:
+        raise ValueError(f"--size {size}: give pixels a side, for latents a multiple of 8")
     files, labels, names = listing(src)
     work = json.dumps([size, vae, [str(path.relative_to(src)) for path in files]])
     key = hashlib.sha256(work.encode()).hexdigest()[:16]
@@ -440,7 +420,18 @@ def prepare(src, out, size, vae=None, device=None):
     net = find_vae(vae, device) if vae else None
     meet()
     shards = Shards(out / f"unfinished-{key}", len(files), CHUNK)
-    make_shards(shards, files, np.array(labels), size, net, device)
+    todo = shards.todo()
+    with ThreadPoolExecutor() as pool:                  # its threads read ahead
+        read = (list(pool.map(lambda k: attempt(files[k], size), rows)) for rows in todo)
+        bar = tqdm(todo, unit="chunk", disable=True if rank else None)
+        for rows, pictures in zip(bar, prefetch(read, 2)):
+            own = [labels[k] for k in rows]
+            for i, u in enumerate(pictures):
+                if isinstance(u, str):                  # what is wrong with it
+                    print(f"skipped {files[rows[i]]}: {u}", file=sys.stderr)
+                    own[i], pictures[i] = -1, np.zeros((3, size, size), np.uint8)
+            u = np.stack(pictures)                                                # (b, 3, size, size)
+            shards.write(rows, images=encode(net, u, device) if vae else u, labels=own)
     wait_for_all()
     if rank == 0:
         labels = np.concatenate(list(shards.parts("labels")))
@@ -450,26 +441,8 @@ def prepare(src, out, size, vae=None, device=None):
         with replacing(out / "images.npy") as file:
             shards.join("images", file)
         about = {"vae": vae, "stats": statistics(shards).tolist()} if vae else {}
-        publish(out, labels, names, key=key, **about,
-                source=f"pictures in {src.resolve().name}, centre crop, Lanczos to {size}x{size}")
+        publish(out, labels, names, key=key, **about)
         shutil.rmtree(shards.folder)
-
-
-def make_shards(shards, files, labels, size, vae, device):
-    """Read, encode and write the chunks that this process has to make; threads read ahead."""
-    todo = shards.todo()
-    with ThreadPoolExecutor() as pool, tqdm(
-            total=sum(map(len, todo)), unit="img", disable=True if place("cpu")[0] else None) as bar:
-        read = (list(pool.map(lambda k: attempt(files[k], size), rows)) for rows in todo)
-        for rows, pictures in zip(todo, prefetch(read, 2)):
-            own = labels[rows]
-            for i, u in enumerate(pictures):
-                if isinstance(u, str):                  # what is wrong with it
-                    print(f"skipped {files[rows[i]]}: {u}", file=sys.stderr)
-                    own[i], pictures[i] = -1, np.zeros((3, size, size), np.uint8)
-            u = np.stack(pictures)                                                # (b, 3, size, size)
-            shards.write(rows, images=encode(vae, u, device) if vae else u, labels=own)
-            bar.update(len(rows))
 
 
 def statistics(shards):
@@ -486,26 +459,26 @@ def finished(out, key):
     """True, and says so, if `out` is prepared from `key`; ValueError if it holds another data set."""
     if not (out / "meta.json").exists():
         return False
-    if json.loads((out / "meta.json").read_text()).get("key") != key:
+    dataset = load(out)
+    if dataset.about.get("key") != key:
         raise ValueError(f"--out {out} already holds another data set: give another folder, or delete it")
     if place("cpu")[0] == 0:
-        print(f"{out} is already prepared; next: python train.py --data {out}")
+        print(f"{out} is prepared: {len(dataset):,} pictures in {dataset.classes} classes; "
+              f"next: python train.py --data {out}")
     return True
 
 
 def publish(out, labels, names, images=None, **about):
     """Finish `out`: pictures, unless they are there, labels, and last of all meta.json."""
-    for name, array in (("images.npy", images), ("labels.npy", np.asarray(labels, np.int64))):
+    out.mkdir(parents=True, exist_ok=True)
+    for name, array in (("images.npy", images), ("labels.npy", labels.astype(np.int64))):
         if array is not None:
             with replacing(out / name) as file:
                 np.save(file, array)
-    channels, H, W = np.load(out / "images.npy", mmap_mode="r").shape[1:]
-    shape = [channels // 2 if "vae" in about else channels, H, W]
     with replacing(out / "meta.json") as file:
-        meta = dict(shape=shape, classes=len(names), names=names, range=[0, 255], **about)
+        meta = dict(classes=len(names), names=names, range=[0, 255], **about)
         file.write(json.dumps(meta).encode())
-    print(f"wrote {out}: {sum(y >= 0 for y in labels):,} {'latents' if 'vae' in about else 'pictures'} of "
-          f"{'x'.join(map(str, shape))} in {len(names)} classes; next: python train.py --data {out}")
+    finished(out, about["key"])
 
 
 # ---- the autoencoder of Stable Diffusion -----------------------------------------------------------
@@ -513,8 +486,7 @@ def publish(out, labels, names, images=None, **about):
 VAE_WEIGHTS = (         # file, its sha256, where it is published
     "sd-vae-ft-ema.safetensors", "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
     ["https://huggingface.co/stabilityai/sd-vae-ft-ema/resolve/"
-     f"{revision}/diffusion_pytorch_model.safetensors"
-     for revision in ("f04b2c4b98319346dad8c65879f680b1997b204a", "main")])
+     "f04b2c4b98319346dad8c65879f680b1997b204a/diffusion_pytorch_model.safetensors"])
 
 
 class Resnet(nn.Module):
@@ -657,10 +629,7 @@ def main():
         out = args.out or Path(f"data/imagenet{args.size}")
         prepare(args.src, out, args.size, args.vae if args.latents else None, args.device)
     elif not finished(args.out, args.command):
-        args.out.mkdir(parents=True, exist_ok=True)
         {"mnist": mnist, "cifar10": cifar10}[args.command](args.out, args.source)
-        if not args.source:
-            shutil.rmtree(args.out / "download", ignore_errors=True)
 
 
 if __name__ == "__main__":
