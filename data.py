@@ -577,10 +577,8 @@ def build_vae(state, groups=32, dtype=torch.float32):
         have[re.sub(r"\.(\d+)\.", r"\1.", name)] = w.detach().to(dtype)
     while (first := f"encoder.down_blocks{len(channels)}.resnets0.conv1.weight") in have:
         channels.append(len(have[first]))
-    if not channels:
-        raise ValueError("not the weights of a VAE: there is no encoder")
     with torch.device("meta"):                          # no memory and no initial values
-        net = VAE(channels, groups)
+        net = VAE(channels or [groups], groups)         # without an encoder: any, it will not fit
     return fill(net, have, "a VAE")
 
 

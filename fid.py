@@ -11,16 +11,15 @@ covariance Σ, and the distance is that of the two normal distributions which ha
     d² = |μ1 - μ2|² + tr(Σ1 + Σ2 - 2·(Σ1·Σ2)^½)
 
 The features decide what it means: Inception-v3 gives the FID of the papers, DINOv2 FDD, CLIP FCD, and
-bare pixels a quick check for tiny pictures, which is never an FID. In order: distances, statistics batch
-by batch, the three networks, pictures from anywhere, the command line.
+bare pixels a quick check for tiny pictures, which is never an FID. Few pictures make any of them too
+high: compare numbers of equal counts, by custom 50,000.
 """
-import dataclasses
 import json
 import math
-import sys
 import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +57,8 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
 def gaussian(mu, cov):
     """-> mu (d,), A (d, rank) with A·Aᵀ = cov, and tr cov; numpy, float64."""
-    mu, cov = (np.asarray(a.cpu() if torch.is_tensor(a) else a, np.float64) for a in (mu, cov))
-    mu, cov = (mu.reshape(1), cov.reshape(1, 1)) if cov.size == 1 else (mu, cov)
+    mu, cov = (torch.as_tensor(a).double().cpu().numpy() for a in (mu, cov))
+    mu, cov = np.atleast_1d(mu), np.atleast_2d(cov)     # of one dimension they may be plain numbers
     if cov.shape != mu.shape * 2 or not np.isfinite(cov).all() or not np.isfinite(mu).all():
         raise ValueError(f"mean {mu.shape} and covariance {cov.shape} do not fit or are not finite")
     w, v = scipy.linalg.eigh(cov)                                                       # (d,), (d, d)
@@ -82,11 +81,10 @@ def precision_recall(real, made, k=3):
     centre = real.double().mean(0)                      # far from 0, |a|² + |b|² - 2·a·b would cancel
     real, made = real.double() - centre, made.double() - centre
 
-    def share_inside(x, balls):
-        rows = max(1, 2**25 // len(balls))              # so many at a time
+    def share_inside(x, balls):                         # 512 rows at a time, to save memory
         # The row itself is the nearest of its neighbours: hence k + 1.
-        radius = torch.cat([torch.cdist(part, balls).kthvalue(k + 1).values for part in balls.split(rows)])
-        inside = torch.cat([(torch.cdist(part, balls) <= radius).any(1) for part in x.split(rows)])
+        radius = torch.cat([torch.cdist(part, balls).kthvalue(k + 1).values for part in balls.split(512)])
+        inside = torch.cat([(torch.cdist(part, balls) <= radius).any(1) for part in x.split(512)])
         return inside.double().mean().item()
     return share_inside(made, real), share_inside(real, made)
 
@@ -150,13 +148,10 @@ class RunningStats:
 
 
 def score_sums(logits, split):
-    """For the Inception Score: (10, 2·classes), of each split Σ p and Σ p·log p of its pictures.
-
-    logits: (n, classes). split: int64 (n,), 0 .. 9. What several calls or processes return just adds up.
-    """
+    """For the Inception Score: of each split 0 .. 9 the sums of p and p·log p, which add up over calls."""
     log_p = logits.cpu().double().log_softmax(1)                                        # (n, classes)
     p = log_p.exp()
-    return F.one_hot(split, 10).double().T @ torch.cat([p, p * log_p], dim=1)
+    return F.one_hot(split, 10).double().T @ torch.cat([p, p * log_p], dim=1)           # (10, 2·classes)
 
 
 def inception_score(sums):
@@ -414,7 +409,8 @@ def prepare_dinov2(u, dtype=torch.float32):
 def prepare_clip(u, dtype=torch.float32):
     """As OpenAI does: uint8 (n, 3, H, W) -> (n, 3, 224, 224), the short side resized, the centre cut."""
     height, width = (int(224 * side / min(u.shape[2:])) for side in u.shape[2:])
-    pictures = [sample.as_image(p).resize((width, height), Image.BICUBIC) for p in u]
+    pictures = [Image.fromarray(pixels).resize((width, height), Image.BICUBIC)
+                for pixels in u.permute(0, 2, 3, 1).cpu().numpy()]                      # each (H, W, 3)
     u = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(u.device)
     top, left = round((height - 224) / 2), round((width - 224) / 2)
     return normalise(u[:, :, top:top + 224, left:left + 224], (0.48145466, 0.4578275, 0.40821073),
@@ -465,8 +461,6 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, u):
         if not self.net:
-            if u[0].numel() > 3072:
-                raise ValueError("the distance on pixels is for pictures up to 3x32x32: give --features")
             return u.flatten(1).double() / 127.5 - 1, None
         pieces = u.split(16 if self.device.type == "cpu" else len(u))               # a CPU's cache is small
         found = [self.net(self.prepare(piece.to(self.device).expand(-1, 3, -1, -1))) for piece in pieces]
@@ -477,36 +471,37 @@ class Extractor:
 
 def extractors_for(names, shape, device, weights=None):
     """A list of Extractors by their names, like "inception,dinov2"; if None, the one that fits `shape`."""
-    names = names or ("pixels" if math.prod(shape) <= 3072 else "inception")
-    return [Extractor(name, device, weights) for name in names.split(",")]
+    small = math.prod(shape) <= 3072
+    names = (names or ("pixels" if small else "inception")).split(",")
+    if "pixels" in names and not small:
+        raise ValueError("the distance on pixels is for pictures up to 3x32x32: give other --features")
+    return [Extractor(name, device, weights) for name in names]
 
 
 # ---- pictures from anywhere ------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
 class Pictures:
-    """A set of pictures that is read piece by piece: read([3, 5]) -> uint8 (2, C, H, W), on the CPU."""
-    count: int
-    shape: tuple                                        # (C, H, W)
-    read: callable
-    about: dict                                         # what they are, for the protocol
-    label_counts: list = None                           # pictures per class, if they have classes
+    """`count` pictures that are read piece by piece: read([3, 5]) -> uint8 (2, C, H, W), on the CPU."""
+
+    def __init__(self, count, read, about):
+        self.count, self.read, self.about = count, read, about          # about: what they are, a dict
+        self.shape = tuple(read(range(1)).shape[1:])                    # (C, H, W)
 
 
 def from_dataset(dataset):
     """The pictures of a data.Dataset, by the uint8 rule of drawn ones: a range of 0..16 becomes 0..255."""
     if isinstance(dataset, data.Latents):
         raise ValueError(f"{dataset.name} holds latents: give as --ref its pictures (--size) or statistics")
-    return Pictures(len(dataset), dataset.shape, lambda rows: data.to_uint8(dataset.read(np.array(rows))),
-                    {"pictures": dataset.name}, dataset.describe()["label_counts"])
+    return Pictures(len(dataset), lambda rows: data.to_uint8(dataset.read(np.array(rows))),
+                    {"pictures": dataset.name})
 
 
 def from_network(net, decode, labels, grid, sampler, seed, about):
     """Pictures that are drawn when they are read and never written; arguments as in sample.draw."""
     def read(rows):
         return decode(sample.draw(net, labels, rows, grid, sampler, seed)).cpu()
-    return Pictures(len(labels), tuple(read(range(1)).shape[1:]), read, about)
+    return Pictures(len(labels), read, about)
 
 
 def from_folder(folder, size=None):
@@ -522,8 +517,7 @@ def from_folder(folder, size=None):
             if u.shape != found[0].shape:
                 raise ValueError(f"{files[k]} has another size than others: give --size PIXELS")
         return torch.from_numpy(np.stack(found))
-    about = {"pictures": str(folder)} | ({"resized": f"Lanczos to {size}"} if size else {})
-    return Pictures(len(files), tuple(read([0]).shape[1:]), read, about)
+    return Pictures(len(files), read, {"pictures": str(folder), "resized by Lanczos to": size})
 
 
 def from_npz(path):
@@ -547,7 +541,7 @@ def from_npz(path):
             return torch.frombuffer(pictures, dtype=torch.uint8).view(len(rows), H, W, C).permute(0, 3, 1, 2)
         except Exception as error:
             raise ValueError(f"{path} is damaged or cut short ({error})") from None
-    return Pictures(N, (C, H, W), read, {"pictures": str(path)})
+    return Pictures(N, read, {"pictures": str(path)})
 
 
 def open_pictures(name, size=None):
@@ -563,7 +557,7 @@ def open_pictures(name, size=None):
 # ---- measuring -------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclass
 class Measured:
     """What is known of a set of pictures through one Extractor."""
     mean: torch.Tensor                                  # (dim,)
@@ -579,13 +573,13 @@ def measure(pictures, extractors, batch=64, keep=False):
     Every process looks at every world-th picture; all get the result of all. keep: also the features,
     for precision and recall. ValueError for fewer than 2 pictures.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if pictures.count < max(2, world):
-        raise ValueError(f"{pictures.count} pictures are too few: a covariance needs 2, a process 1")
-    N, mine, split = pictures.count, range(rank, pictures.count, world), split_numbers(pictures.count)
-    batches, stats, kept = [mine[i:i + batch] for i in range(0, len(mine), batch)], {}, {}
+    rank, world, _ = data.place("cpu")
+    N, mine = pictures.count, range(rank, pictures.count, world)
+    if N < max(2, world):
+        raise ValueError(f"{N} pictures are too few: a covariance needs 2, a process 1")
+    batches, split = [mine[i:i + batch] for i in range(0, len(mine), batch)], split_numbers(N)
+    stats, kept, sums, result = {}, {}, 0, []
     bar = tqdm(batches, unit="batch", disable=True if rank else None, leave=False)
-    sums, result = 0, []
     for rows, u in zip(bar, data.prefetch(map(pictures.read, batches), 2)):             # u (b, C, H, W)
         for e in extractors:
             features, logits = e(u)                                                     # (b, dim)
@@ -614,12 +608,6 @@ def compare(extractor, made, real=None):
     return result
 
 
-def save_stats(path, measured):
-    """Write mu and sigma under the names of pytorch-fid and ADM, and what they are of."""
-    with data.replacing(path) as file:
-        np.savez(file, mu=measured.mean.cpu(), sigma=measured.cov.cpu(), about=json.dumps(measured.about))
-
-
 def read_stats(path):
     """Measured from an .npz with mu and sigma (or ref_mu, ref_sigma); None if it holds no statistics."""
     try:
@@ -632,7 +620,7 @@ def read_stats(path):
         gaussian(mu, sigma)                             # whether they are what they seem
         return Measured(mu, sigma, about)
     except Exception as error:                          # a damaged archive raises nearly anything
-        raise ValueError(f"{path} cannot be read as statistics: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} cannot be read as statistics: {error}") from None
 
 
 # ---- command line ----------------------------------------------------------------------------------
@@ -652,19 +640,11 @@ def check_comparable(made, extractors, real, stats):
         raise ValueError(f"the reference holds statistics of other features: {stats.about}")
 
 
-def drawn(args, device, ckpt, real):
-    """The Pictures that --ckpt draws as the flags say."""
-    counts = real and real.label_counts or (ckpt["data"] or {}).get("label_counts")
-    known = counts and len(counts) == ckpt["config"]["model"]["classes"]
-    count = args.samples if args.samples is not None else min(50_000, real.count if real else 50_000)
-    what, words = sample.to_draw(args, device, count, args.labels or ("data" if known else "random"), counts)
-    return from_network(*what, args.seed, {"pictures": args.ckpt, **words})
-
-
 def main():
     p = data.Parser(description="How far pictures are from real ones.")
-    p.add_argument("--ckpt", help="a checkpoint that draws the pictures")
-    p.add_argument("--pictures", help="or pictures that are there: a folder, arr_0 of an .npz, or a data set")
+    made = p.add_mutually_exclusive_group(required=True)
+    made.add_argument("--ckpt", help="a checkpoint that draws the pictures")
+    made.add_argument("--pictures", help="or pictures that are there: a folder, arr_0 of an .npz, a data set")
     p.add_argument("--ref", help="real ones: as --pictures, or an .npz with mu and sigma [the training data]")
     p.add_argument("--size", type=int, help="centre-crop and resize pictures in folders to so many pixels")
     p.add_argument("--features", help=f"some of {','.join(FEATURES)} [inception; pixels up to 3x32x32]")
@@ -674,19 +654,21 @@ def main():
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu and sigma, by the first of --features")
     sample.drawing_flags(p)
     args = p.parse_args()
-    rank, world, device = data.place(args.device)
-    if bool(args.ckpt) == bool(args.pictures):
-        raise ValueError("give --ckpt or --pictures")
-    ckpt = read_checkpoint(args.ckpt) if args.ckpt else {"config": {}}
-    ref = args.ref or ckpt["config"].get("recipe", {}).get("data")
+    rank, _, device = data.place(args.device)
+    ref, keep = args.ref, args.precision_recall
+    if args.ckpt and not ref:                           # a released file does not say what it was trained on
+        ref = read_checkpoint(args.ckpt)["config"]["recipe"].get("data")
     if not (ref or args.save_stats):
         raise ValueError("nothing to compare with: give --ref, or --save-stats FILE.npz")
-    real, stats = open_ref(ref, args.size, args.precision_recall) if ref else (None, None)
-    made = open_pictures(args.pictures, args.size) if args.pictures else drawn(args, device, ckpt, real)
+    real, stats = open_ref(ref, args.size, keep) if ref else (None, None)
+    if args.pictures:
+        made = open_pictures(args.pictures, args.size)
+    else:
+        what, words = sample.to_draw(args, device, min(50_000, real.count if real else 50_000))
+        made = from_network(*what, args.seed, {"pictures": args.ckpt, **words})
     extractors = extractors_for(args.features, made.shape, device, args.weights)
     check_comparable(made, extractors, real, stats)
     data.meet()
-    keep = args.precision_recall
     theirs = measure(real, extractors, args.batch, keep) if real else [stats] * len(extractors)
     ours = measure(made, extractors, args.batch, keep)
     if rank == 0:
@@ -697,20 +679,19 @@ def report(args, extractors, ours, theirs):
     """Print the numbers and all that they depend on, and write them where the flags say."""
     result = []
     for e, one, other in zip(extractors, ours, theirs):
-        values = compare(e, one, other)
-        result.append({**values, "pictures": one.about, "reference": other and other.about})
+        values, about = compare(e, one, other), {"pictures": one.about, "reference": other and other.about}
+        result.append(values | about)
         for title, v in values.items():
             print(f"{title}: {v:.4f}" if isinstance(v, float) else f"{title}: {v[0]:.4f} ± {v[1]:.4f}")
-        for what in ("pictures", "reference"):
-            print(f"  {what}: " + ", ".join(f"{k} {v}" for k, v in (result[-1][what] or {}).items()))
-        if e.net and one.about["count"] < 10_000:
-            print("fid.py: warning: few pictures make distances too high; 50,000 are usual", file=sys.stderr)
+        for what, facts in about.items():
+            print(f"  {what}: " + ", ".join(f"{k} {v}" for k, v in (facts or {}).items()))
     if args.json:
         with data.replacing(args.json) as file:
             file.write(json.dumps(result, indent=1, ensure_ascii=False).encode())
-    if args.save_stats:
-        save_stats(args.save_stats, ours[0])
-        print(f"wrote {args.save_stats}, statistics of {extractors[0].name}")
+    if args.save_stats:                                 # under the names of pytorch-fid and ADM
+        one = ours[0]
+        with data.replacing(args.save_stats) as file:
+            np.savez(file, mu=one.mean.cpu(), sigma=one.cov.cpu(), about=json.dumps(one.about))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 t = 1 is noise, t = 0 is data. Of two samplers one follows the average velocity, the other jumps to t = 0
 each time and puts noise back. What picture k starts from depends on the seed and k alone.
 """
+import functools
 import hashlib
 import math
 import shutil
@@ -40,25 +41,17 @@ def check_grid(grid):
     return grid
 
 
-# The published files that were not sampled by the ODE in equal jumps: sampler, times at 2 NFE.
-PUBLISHED = {
-    "alphaflow-XL-2-cfg": ("consistency", [1.0, 0.55, 0.0]),
-    "alphaflow-XL-2-plus-cfg": ("consistency", [1.0, 0.5, 0.0]),
-}
+# The published files that were sampled by `consistency`, and their times at 2 NFE; all others by `ode`.
+PUBLISHED = {"alphaflow-XL-2-cfg": [1.0, 0.55, 0.0], "alphaflow-XL-2-plus-cfg": [1.0, 0.5, 0.0]}
 
 
 def sampling_plan(path, nfe=None, grid=None, sampler=None):
-    """(times, sampler) for the checkpoint at `path`, given what the user typed, None where nothing.
-
-    A published file, known by its name, is sampled as published; else equal jumps with the ODE sampler.
-    """
-    if nfe is not None and grid is not None:
-        raise ValueError("give --nfe or --grid, not both")
-    published, at_two = PUBLISHED.get(Path(path).stem, ("ode", uniform_grid(2)))
-    if grid is not None:
-        return check_grid(grid.split(",")), sampler or published
-    times = at_two if nfe == 2 and sampler is None else uniform_grid(1 if nfe is None else nfe)
-    return times, sampler or published
+    """(times, sampler) as typed, None where nothing was: then one jump of `ode`, or what was published."""
+    name = Path(path).stem
+    times = check_grid(grid.split(",")) if grid is not None else uniform_grid(1 if nfe is None else nfe)
+    if nfe == 2 and sampler is None:
+        times = PUBLISHED.get(name, times)
+    return times, sampler or ("consistency" if name in PUBLISHED else "ode")
 
 
 def velocity(net, z, t, r, y):
@@ -117,12 +110,12 @@ def load(path, weights="ema", device="cpu"):
     ckpt = read_checkpoint(path)
     try:
         # copied, so that the network outlives the mapped file
-        state = {name: w.to(device, torch.float32, copy=True)
-                 for name, w in ckpt["ema" if weights == "ema" else "net"].items()}
+        theirs = ckpt["ema" if weights == "ema" else "net"]
+        state = {name: w.to(device, torch.float32, copy=True) for name, w in theirs.items()}
         with torch.device("meta"):                      # no memory: every tensor comes from the file
             net = DiT(DiTConfig(**ckpt["config"]["model"]))
         return fill(net, state, f"a {net.config}"), decoder(ckpt.get("latents"), device, ckpt.get("vae"))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:                          # other content can raise nearly anything
         raise ValueError(f"{path}: weights and config do not fit together ({error})") from None
 
 
@@ -133,16 +126,17 @@ def decoder(latents, device, state=None):
     """
     if not latents:
         return data.to_uint8
-    mean, std, networks = latents["mean"].to(device), latents["std"].to(device), []
+    mean, std = latents["mean"].to(device), latents["std"].to(device)
+
+    @functools.cache
+    def vae():
+        return data.build_vae(state).to(device) if state else data.find_vae(latents.get("vae", "ema"), device)
 
     @torch.no_grad()
     def decode(x):
-        if not networks:
-            networks.append(data.build_vae(state).to(device) if state
-                            else data.find_vae(latents.get("vae") or "ema", device))
         z = x.to(mean) * std + mean                                                     # (B, C, h, w)
         # in small pieces: eight pictures of 256x256 need about 2 GB on their way
-        return torch.cat([data.to_uint8(networks[0].decode(piece)) for piece in z.split(8)])
+        return torch.cat([data.to_uint8(vae().decode(piece)) for piece in z.split(8)])
     return decode
 
 
@@ -172,14 +166,13 @@ def make_labels(protocol, count, classes, seed=0, label_counts=None):
     return torch.tensor([int(given[k % len(given)]) for k in range(count)])
 
 
-def noise_for(rows, shape, seed, step=None):
+def noise_for(rows, shape, seed, *step):
     """The noise of the pictures `rows`, (b, C, H, W) float32. shape: (C, H, W).
 
-    step None: what a picture starts from. step i > 0: what the consistency sampler adds after i steps.
+    No step: what a picture starts from. A step i > 0: what the consistency sampler adds after i steps.
     """
     # Always drawn on the CPU: a GPU makes other numbers of the same seed.
-    key = () if step is None else (step,)
-    return torch.stack([torch.randn(shape, generator=data.generator(seed, int(k), *key)) for k in rows])
+    return torch.stack([torch.randn(shape, generator=data.generator(seed, int(k), *step)) for k in rows])
 
 
 def draw(net, labels, rows, grid, sampler="ode", seed=0, callback=None):
@@ -200,20 +193,15 @@ def draw(net, labels, rows, grid, sampler="ode", seed=0, callback=None):
 # ---- pictures in files: to be looked at, or many ---------------------------------------------------
 
 
-def as_image(picture):
-    """One uint8 (C, H, W) tensor, C 1 or 3, as a PIL image."""
-    return Image.fromarray((picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)).cpu().numpy())
-
-
 def contact_sheet(pictures, columns, captions=()):
     """All pictures, uint8 (N, C, H, W), as one PIL image in rows of `columns`, with a short text a row."""
-    _, C, H, W = pictures.shape
+    pixels = pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()           # (N, H, W, 3)
+    N, H, W, _ = pixels.shape
     scale, gap = max(1, round(56 / max(H, W))), 2       # a pixel becomes scale x scale pixels, never blurred
-    left = gap + (7 * max(map(len, captions)) + 4 if captions else 0)
-    wide, high, rows = W * scale + gap, H * scale + gap, math.ceil(len(pictures) / columns)
-    sheet = Image.new("L" if C == 1 else "RGB", (left + columns * wide, gap + rows * high), "white")
-    for k, picture in enumerate(pictures):
-        cell = as_image(picture).resize((W * scale, H * scale), Image.Resampling.NEAREST)
+    wide, high, left = W * scale + gap, H * scale + gap, gap + 7 * max(map(len, captions), default=0)
+    sheet = Image.new("RGB", (left + columns * wide, gap + math.ceil(N / columns) * high), "white")
+    for k, picture in enumerate(pixels):
+        cell = Image.fromarray(picture).resize((W * scale, H * scale), Image.Resampling.NEAREST)
         sheet.paste(cell, (left + k % columns * wide, gap + k // columns * high))
     for row, text in enumerate(captions):
         ImageDraw.Draw(sheet).text((4, gap + row * high + (high - 14) // 2), text, fill="black")
@@ -225,18 +213,18 @@ def labelled_grid(pictures, labels, names):
     seen = list(dict.fromkeys(labels.tolist()))
     order = sorted(range(len(labels)), key=lambda k: seen.index(labels[k]))
     counts = labels.unique(return_counts=True)[1]
-    if 2 <= counts.min() == counts.max() <= 32:
-        return contact_sheet(pictures[order], int(counts[0]), [str(names[y])[:24] for y in seen])
+    if counts.min() == counts.max() > 1:
+        return contact_sheet(pictures[order], int(counts[0]), [str(names[y]) for y in seen])
     return contact_sheet(pictures[order], math.ceil(len(labels) ** 0.5))
 
 
-def trajectory(net, decode, labels, path, seed=0, steps=16):
+def trajectory(net, decode, labels, path, steps=16):
     """Write a GIF of how noise becomes the pictures 0 .. len(labels) - 1, in `steps` steps: above the
     state z at time t, below the picture that the network points at from there.
     """
     rows, taken, frames = range(len(labels)), [], []
-    x = draw(net, labels, rows, uniform_grid(steps), "ode", seed, lambda *step: taken.append(step))
-    z = noise_for(rows, x.shape[1:], seed)
+    x = draw(net, labels, rows, uniform_grid(steps), callback=lambda *step: taken.append(step))
+    z = noise_for(rows, x.shape[1:], seed=0)
     for t, _, after, x_hat in [*taken, (0.0, 0.0, x, x)]:
         both = torch.cat([decode(z.to(x_hat)), decode(x_hat)])                          # (2B, C, H, W)
         frames.append(contact_sheet(both, len(labels), [f"z, t = {t:.2f}", "leads to"]))
@@ -278,25 +266,32 @@ def drawing_flags(p):
     p.add_argument("--samples", type=int, metavar="N", help="pictures to draw [10 a class, 100 at most; "
                    "fid.py: as many as real ones, 50,000 at most]")
     p.add_argument("--seed", type=int, default=0, help="picture k depends on the seed and k alone [0]")
-    p.add_argument("--nfe", type=int, help="network evaluations, as equal jumps [1]")
-    p.add_argument("--grid", metavar="TIMES", help="the times of the jumps instead, like 1,0.55,0")
+    times = p.add_mutually_exclusive_group()
+    times.add_argument("--nfe", type=int, help="network evaluations, as equal jumps [1]")
+    times.add_argument("--grid", metavar="TIMES", help="the times of the jumps instead, like 1,0.55,0")
     p.add_argument("--sampler", choices=["ode", "consistency"], help="follow the jumps, or jump to the "
                    "picture each time and put noise back [ode; released files: as published]")
     p.add_argument("--batch", type=int, default=64, help="pictures at a time [64]")
     p.add_argument("--device", help="cuda or cpu [cuda if there]")
 
 
-def to_draw(args, device, count, protocol, label_counts):
-    """What these flags ask for: (net, decode, labels, grid, sampler), see draw; and in words, a dict."""
+def to_draw(args, device, count):
+    """What these flags ask for: (net, decode, labels, grid, sampler), see draw; and in words, a dict.
+
+    count: of pictures, where --samples is not given.
+    """
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: give 1 or more")
-    weights = "raw" if args.raw else "ema"
+    ckpt, weights = read_checkpoint(args.ckpt), "raw" if args.raw else "ema"
     net, decode = load(args.ckpt, weights, device)
     grid, sampler = sampling_plan(args.ckpt, args.nfe, args.grid, args.sampler)
-    labels = make_labels(protocol, count, net.config.classes, args.seed, label_counts)
+    counts = ckpt["data"].get("label_counts")           # a released file does not know them
+    protocol = ("data" if counts else "random") if args.labels is None else args.labels
+    count = count if args.samples is None else args.samples
+    labels = make_labels(protocol, count, net.config.classes, args.seed, counts)
     return (net, decode, labels, grid, sampler), {
-        "step": read_checkpoint(args.ckpt).get("step"), "weights": weights, "nfe": len(grid) - 1,
-        "times": grid, "sampler": sampler, "labels": protocol, "seed": args.seed}
+        "step": ckpt["step"], "weights": weights, "nfe": len(grid) - 1, "times": grid, "sampler": sampler,
+        "labels": protocol, "seed": args.seed}
 
 
 def main():
@@ -304,17 +299,15 @@ def main():
     p.add_argument("--ckpt", type=Path, required=True, help="what train.py wrote, or a released file")
     p.add_argument("--out", help="FILE.png: a grid; FILE.npz: as ADM's tools want it [a grid beside --ckpt]")
     drawing_flags(p)
+    p.set_defaults(labels="balanced")
     args = p.parse_args()
-    rank, world, device = data.place(args.device)
-    about, stat = read_checkpoint(args.ckpt).get("data") or {}, args.ckpt.stat()
-    protocol, classes = "balanced" if args.labels is None else args.labels, about["classes"]
-    listed = protocol.count(",") + 1 if protocol[:1].isdigit() else classes
-    count = min(100, 10 * listed) if args.samples is None else args.samples
-    (net, decode, labels, grid, sampler), words = to_draw(
-        args, device, count, protocol, about.get("label_counts"))
+    rank, _, device = data.place(args.device)
+    known = read_checkpoint(args.ckpt)["data"]
+    listed = args.labels.count(",") + 1 if args.labels[:1].isdigit() else known["classes"]
+    (net, decode, labels, grid, sampler), words = to_draw(args, device, min(100, 10 * listed))
     path = Path(args.out or args.ckpt.parent / f"grid_{sampler}_nfe{words['nfe']}_{words['weights']}.png")
-    if path.suffix not in (".png", ".npz") or path.suffix == ".png" and world > 1:
-        raise ValueError(f"--out {path}: give FILE.npz or, for one process, FILE.png")
+    if path.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out {path}: give FILE.png or FILE.npz")
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def pictures(rows):
@@ -322,16 +315,17 @@ def main():
 
     data.meet()
     if path.suffix == ".npz":
-        depends_on = [stat.st_size, stat.st_mtime_ns, words, count, args.batch, device.type]
+        stat = args.ckpt.stat()
+        depends_on = [stat.st_size, stat.st_mtime_ns, words, len(labels), args.batch, device.type]
         write_npz(path, pictures, labels, args.batch, depends_on)
-    else:
-        parts = [pictures(range(count)[k:k + args.batch]) for k in range(0, count, args.batch)]
+    elif rank == 0:
+        drawn = torch.cat([pictures(rows) for rows in torch.arange(len(labels)).split(args.batch)])
         with data.replacing(path) as file:
-            sheet = labelled_grid(torch.cat(parts), labels, about.get("names") or range(classes))
-            sheet.save(file, format="PNG")
+            names = known.get("names", range(known["classes"]))
+            labelled_grid(drawn, labels, names).save(file, format="PNG")
     if rank == 0:
         how = ", ".join(f"{k} {v}" for k, v in words.items())
-        print(f"wrote {path}: {count} pictures of {args.ckpt}, {how}")
+        print(f"wrote {path}: {len(labels)} pictures of {args.ckpt}, {how}")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,6 @@ def test_every_source_gives_the_same_pictures_in_any_order_and_batch(kind, tmp_p
     assert (source.count, source.shape) == (7, (3, 9, 7)) and source.read([0]).dtype == torch.uint8
     for rows in (range(7), [3], range(1, 7, 3), [6, 0, 3, 3]):
         assert torch.equal(source.read(rows), whole[list(rows)])
-    assert source.label_counts == ([4, 3] if kind == "data set" else None)
 
 
 def test_digits_fill_the_range_of_a_byte_and_latents_are_no_pictures():
@@ -247,7 +246,7 @@ def test_folders_that_cannot_be_measured_are_refused(tmp_path):
     with pytest.raises(ValueError, match="999.png has another size.*--size"):
         fid.from_folder(folder).read([0, 2])
     resized = fid.open_pictures(str(folder), 6)
-    assert resized.read([2, 0]).shape == (2, 3, 6, 6) and "6" in resized.about["resized"]
+    assert resized.read([2, 0]).shape == (2, 3, 6, 6) and 6 in resized.about.values()
     (folder / "500.png").write_bytes((folder / "999.png").read_bytes()[:60])
     with pytest.raises(ValueError, match="500.png cannot be read"):
         fid.from_folder(folder, 6).read(range(3))
@@ -278,7 +277,7 @@ def test_npz_files_that_cannot_be_measured_are_refused(what, tmp_path):
 
 def measure(array, extractor, **options):
     u = chw(array)
-    source = fid.Pictures(len(u), tuple(u.shape[1:]), lambda rows: u[list(rows)], {"pictures": "some"})
+    source = fid.Pictures(len(u), lambda rows: u[list(rows)], {"pictures": "some"})
     return fid.measure(source, [extractor], **options)[0]
 
 
@@ -372,7 +371,7 @@ def test_statistics_that_were_saved_are_as_good_as_the_pictures(values, command,
     network = ["--features", "inception", "--weights", light]
     direct, out, err = values("--pictures", made, "--ref", real, *network, "--precision-recall")
     assert "FID: " in out and "Inception Score: " in out and " ± " in out and "precision: " in out
-    assert err.count("\n") == 1 and "few pictures" in err
+    assert err == ""
     e = fid.Extractor("inception", weights=light)
     a, b = (measure(pictures(40, seed=seed), e, keep=True) for seed in (1, 2))
     assert direct["FID"] == approx(frechet_distance(a.mean, a.cov, b.mean, b.cov), rel=1e-9)
@@ -438,21 +437,23 @@ def test_two_processes_measure_what_one_does(light, values, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    ("", "--ckpt or --pictures"), ("--ckpt nowhere.pt", "nowhere.pt"), ("--ckpt garbage.pt", "garbage.pt"),
-    ("CKPT --pictures digits", "--ckpt or --pictures"), ("--pictures digits", "--ref"),
+    ("", "--ckpt --pictures"), ("--ckpt nowhere.pt", "nowhere.pt"), ("--ckpt garbage.pt", "garbage.pt"),
+    ("CKPT --pictures digits", "not allowed"), ("--pictures digits", "--ref"),
     ("CKPT --samples 1", "too few"), ("CKPT --samples 0", "--samples 0"),
     ("CKPT --batch 0", "--batch"), ("CKPT --seed -1", "seeds"), ("CKPT --nfe 0", "--nfe 0"),
-    ("CKPT --nfe two", "two"), ("CKPT --nfe 1 --grid 1,0", "not both"), ("CKPT --grid 0,1", "falling"),
+    ("CKPT --nfe two", "two"), ("CKPT --nfe 1 --grid 1,0", "not allowed"), ("CKPT --grid 0,1", "falling"),
     ("CKPT --grid 0.9,0", "starts at 0.9"), ("CKPT --grid 1,half,0", "half"), ("CKPT --labels list", "list"),
     ("CKPT --sampler euler", "euler"), ("CKPT --features vgg", "vgg"), ("CKPT --ref nosuchset", "nosuchset"),
     ("CKPT --ref wide", "(1, 8, 12)"), ("CKPT --ref nosuch.npz", "nosuch.npz"), ("--ckpt moved.pt", "gone"),
     ("CKPT --device abacus", "abacus"), ("CKPT --json no/such/r.json", "no/such"),
     ("CKPT --features clip --weights garbage.pt", "garbage.pt"),
+    ("--pictures large --ref large --features pixels", "up to 3x32x32"),
     ("CKPT --features clip --weights none.pt", "none.pt")])
 def test_a_wrong_command_ends_in_one_line_and_status_2(words, said, ckpt, command):
     Path("garbage.pt").write_bytes(b"not a checkpoint")
     moved = model.read_checkpoint(ckpt)
     torch.save({**moved, "config": {**moved["config"], "recipe": {"data": "gone"}}}, "moved.pt")
     write("data set", "wide", pictures(4, 8, 12, 1))
+    write("data set", "large", pictures(4, 33, 32))
     status, out, err = command("--samples", 20, *words.replace("CKPT", f"--ckpt {ckpt}").split())
     assert (status, err.count("\n")) == (2, 1) and err.startswith("fid.py: error: ") and said in err, err
