@@ -122,6 +122,7 @@ def to_uint8(x):
 def replacing(path):
     """A file to write; it gets the name `path` when the block ends well. Until then an old one stays."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")     # a process each
     try:
         with open(part, "wb") as file:
@@ -153,7 +154,6 @@ class Shards:
     def __init__(self, folder, count, chunk):
         self.folder, self.count = Path(folder), count
         self.files = {range(count)[k:k + chunk]: self.folder / f"{k:09d}.npz" for k in range(0, count, chunk)}
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def todo(self):
         """The chunks, as ranges of rows, that this process has to make and that are not there yet."""
@@ -320,7 +320,6 @@ def fetch(filename, checksum, urls, folder):
         return path
     problem = "it is not there"
     for url in urls:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with urllib.request.urlopen(url, timeout=30) as reply, replacing(path) as file, \
                     tqdm.wrapattr(reply, "read", reply.length, desc=filename, disable=None) as counted:
@@ -442,7 +441,6 @@ def prepare(src, out, size, vae=None, device=None):
             shards.join("images", file)
         about = {"vae": vae, "stats": statistics(shards).tolist()} if vae else {}
         publish(out, labels, names, key=key, **about)
-        shutil.rmtree(shards.folder)
 
 
 def statistics(shards):
@@ -456,7 +454,7 @@ def statistics(shards):
 
 
 def finished(out, key):
-    """True, and says so, if `out` is prepared from `key`; ValueError if it holds another data set."""
+    """True, tidied up and said, if `out` is prepared from `key`; ValueError if it holds another data set."""
     if not (out / "meta.json").exists():
         return False
     dataset = load(out)
@@ -465,12 +463,13 @@ def finished(out, key):
     if place("cpu")[0] == 0:
         print(f"{out} is prepared: {len(dataset):,} pictures in {dataset.classes} classes; "
               f"next: python train.py --data {out}")
+        for folder in out.glob("unfinished-*"):         # its shards are joined
+            shutil.rmtree(folder)
     return True
 
 
 def publish(out, labels, names, images=None, **about):
     """Finish `out`: pictures, unless they are there, labels, and last of all meta.json."""
-    out.mkdir(parents=True, exist_ok=True)
     for name, array in (("images.npy", images), ("labels.npy", labels.astype(np.int64))):
         if array is not None:
             with replacing(out / name) as file:
@@ -619,13 +618,13 @@ def main():
         p.add_argument("--src", type=Path, required=True, metavar="DIR", help="tree of png, jpeg or webp")
         p.add_argument("--out", type=Path, required=name == "folder", help="folder to write, like data/NAME")
         p.add_argument("--size", type=int, default=size, help=f"pixels a side [{size}]")
-        p.add_argument("--latents", action="store_true", default=size == 256, help="as a VAE sees them")
-        p.add_argument("--vae", default="ema", help="for latents: ema or a file of weights [ema]")
+        p.add_argument("--latents", action="store_true", default=name == "imagenet", help="store latents")
+        p.add_argument("--vae", help="ema or a file of weights, for latents [ema]")
         p.add_argument("--device", help="for latents: cuda or cpu [cuda if there]")
     args = parser.parse_args()
     if "src" in args:
         out = args.out or Path(f"data/imagenet{args.size}")
-        prepare(args.src, out, args.size, args.vae if args.latents else None, args.device)
+        prepare(args.src, out, args.size, args.vae or ("ema" if args.latents else None), args.device)
     elif not finished(args.out, args.command):
         {"mnist": mnist, "cifar10": cifar10}[args.command](args.out, args.source)
 

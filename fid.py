@@ -492,7 +492,7 @@ class Pictures:
 def from_dataset(dataset):
     """The pictures of a data.Dataset, by the uint8 rule of drawn ones: a range of 0..16 becomes 0..255."""
     if isinstance(dataset, data.Latents):
-        raise ValueError(f"{dataset.name} holds latents: give as --ref its pictures (--size) or statistics")
+        raise ValueError(f"{dataset.name} holds latents: give its pictures (with --size) or statistics")
     return Pictures(len(dataset), lambda rows: data.to_uint8(dataset.read(np.array(rows))),
                     {"pictures": dataset.name})
 

@@ -49,9 +49,10 @@ def sampling_plan(path, nfe=None, grid=None, sampler=None):
     """(times, sampler) as typed, None where nothing was: then one jump of `ode`, or what was published."""
     name = Path(path).stem
     times = check_grid(grid.split(",")) if grid is not None else uniform_grid(1 if nfe is None else nfe)
-    if nfe == 2 and sampler is None:
+    sampler = sampler or ("consistency" if name in PUBLISHED else "ode")
+    if nfe == 2 and sampler == "consistency":
         times = PUBLISHED.get(name, times)
-    return times, sampler or ("consistency" if name in PUBLISHED else "ode")
+    return times, sampler
 
 
 def velocity(net, z, t, r, y):
@@ -308,7 +309,6 @@ def main():
     path = Path(args.out or args.ckpt.parent / f"grid_{sampler}_nfe{words['nfe']}_{words['weights']}.png")
     if path.suffix not in (".png", ".npz"):
         raise ValueError(f"--out {path}: give FILE.png or FILE.npz")
-    path.parent.mkdir(parents=True, exist_ok=True)
 
     def pictures(rows):
         return decode(draw(net, labels, rows, grid, sampler, args.seed)).cpu()

@@ -397,7 +397,8 @@ def train(run):
             row = log(run, step, row | speed(run, alpha, seconds))
             bar.set_postfix(alpha=alpha, err=row["err"])
             seconds.clear()
-        if run.rank == 0 and (stopping or perf_counter() - saved > 60 * args.save_every):
+        measuring = args.eval_every and done % args.eval_every == 0
+        if run.rank == 0 and (stopping or measuring or perf_counter() - saved > 60 * args.save_every):
             save(run, done)                             # before what takes long or can fail
             saved = perf_counter()
         with torch.compiler.set_stance("force_eager"):              # pictures would need other programs

@@ -445,7 +445,7 @@ def test_two_processes_measure_what_one_does(light, values, tmp_path):
     ("CKPT --grid 0.9,0", "starts at 0.9"), ("CKPT --grid 1,half,0", "half"), ("CKPT --labels list", "list"),
     ("CKPT --sampler euler", "euler"), ("CKPT --features vgg", "vgg"), ("CKPT --ref nosuchset", "nosuchset"),
     ("CKPT --ref wide", "(1, 8, 12)"), ("CKPT --ref nosuch.npz", "nosuch.npz"), ("--ckpt moved.pt", "gone"),
-    ("CKPT --device abacus", "abacus"), ("CKPT --json no/such/r.json", "no/such"),
+    ("CKPT --device abacus", "abacus"), ("CKPT --json garbage.pt/r.json", "garbage.pt"),
     ("CKPT --features clip --weights garbage.pt", "garbage.pt"),
     ("--pictures large --ref large --features pixels", "up to 3x32x32"),
     ("CKPT --features clip --weights none.pt", "none.pt")])
