@@ -274,8 +274,10 @@ def load(name_or_folder, seed=0, flip=False):
     folder = next((place for place in places if (place / "meta.json").is_file()), None)
     if not folder:
         known = {"mnist": "mnist", "cifar10": "cifar10", "imagenet256": "imagenet --src DIR"}
-        out = name if os.sep in name else f"data/{name}"
-        command = known.get(Path(name).name, f"folder --src DIR --size 64 --out {out}")
+        src, out = "DIR", name if os.sep in name else f"data/{name}"
+        if Path(name).is_dir():                         # raw pictures
+            src, out = name, f"data/{Path(name).name}"
+        command = known.get(Path(name).name, f"folder --src {src} --size 64 --out {out}")
         raise ValueError(f"data set {name!r} is not prepared: type  python data.py {command}")
     try:
         about = json.loads((folder / "meta.json").read_text()) | {"name": folder.resolve().name}

@@ -316,7 +316,7 @@ class ViT(nn.Module):
         return self.proj(self.norm(self.blocks(x)[:, 0]))                               # (n, dim or out)
 
 
-VIT_NAMES = {       # of DINOv2, of CLIP in transformers, of CLIP by OpenAI: ours, which are PyTorch's
+VIT_NAMES = {       # of DINOv2, CLIP in transformers, CLIP by OpenAI: ours, PyTorch's; replaced in this order
     "vision_model.": "", "visual.": "", "visual_projection.": "proj.", "patch_embed.proj.": "patch_embed.",
     "embeddings.class_embedding": "cls_token", "class_embedding": "cls_token",
     "embeddings.position_embedding.weight": "pos_embed", "positional_embedding": "pos_embed",

@@ -157,8 +157,8 @@ def adaptive_weight(err, alpha=0.0, jump=None, c=1e-3, shrink_c=False):
 
     err: (B,) mean squared errors. jump: (B,) bool, True where r < t; None means nowhere.
     shrink_c, not published: c·α² in the second line. A fixed c starves these rows near the end of the
-    curriculum, where err ~ α²: their gradient falls to 0.22 of MeanFlow's at α = 0.01, then jumps back
-    to 1 when α snaps to 0. With c·α² it stays within 0.5 % of 1 for α <= 1/2.
+    curriculum, where err ~ α²: in test_loss.py their gradient falls to 0.22 of MeanFlow's at α = 0.01,
+    then jumps back to 1 when α snaps to 0. With c·α² it stays within 0.5 % of 1 for α <= 1/2.
     """
     err = err.detach()
     weight = 1 / (err + c)

@@ -93,7 +93,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(Linear(2 * 128, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, t):
-        # bf16 keeps 8 bits: it could not tell t = 0.99 from 1. So autocast stops here.
+        # bf16 keeps 8 bits: it cannot tell t = 0.999 from 1. So autocast stops here.
         with torch.autocast(t.device.type, enabled=False):
             k = torch.arange(128, device=t.device, dtype=t.dtype)
             angle = t[:, None] * torch.exp(-math.log(10000) * k / 128)                  # (B, 128)

@@ -43,7 +43,7 @@ from model import FORMAT, build, read_checkpoint
 # Every setting of a run: its flag, the paper's value for ImageNet-256 (α-Flow §5, appendix), what it means.
 
 SETTINGS = {
-    "model": ("B/2", "recipe, which sets all else, or any SIZE/PATCH; not given: the one that fits --data"),
+    "model": ("B/2", "recipe, which sets all else, or SIZE/PATCH, with the paper's; else what fits --data"),
     "data": ("imagenet256", "digits, mnist, cifar10, imagenet256 or a prepared folder"),
     "flip": (False, "mirror half of the pictures, or of the latents (the paper does not)"),
     "seed": (0, "of weights, batches and noise"),
@@ -85,6 +85,7 @@ XL_GUIDED = dict(GUIDED, omega=0.2, kappa=0.92, t_max=0.75)
 MEANFLOW = dict(alpha_schedule="constant", alpha_start=0.0)
 # Ours, for short runs. With this window α is 0 after 36 % of the run, and MeanFlow gets the rest. With so
 # large a c all rows weigh nearly alike: the digits came out better than with 1/(err + 0.001) for easy rows.
+# shrink_c, because beside a fixed c of 0.5 the weight α/(err + c) of a jump would vanish with α.
 SMALL = dict(alpha_window=(0.0, 0.5), c=0.5, shrink_c=True, lr_decay="linear", lr_tail=0.6, beta2=0.99,
              warmup=100)
 DIGITS = dict(SMALL, data="digits", steps=2750, batch=128, lr=3e-3, time_mean=-0.8, time_std=1.4)
@@ -192,9 +193,9 @@ def resolve(args, saved=None):
             raise ValueError(f"{name} must be more than 0, not {recipe[name]}")
     if recipe["lr_decay"] not in ("constant", "linear"):
         raise ValueError(f"lr_decay must be constant or linear, not {recipe['lr_decay']}")
-    still = alpha_of(recipe, 0) == alpha_of(recipe, recipe["steps"])        # raises for a bad schedule
-    if still and recipe["alpha_schedule"] != "constant":
-        raise ValueError("alpha would not move: see --alpha-start, --alpha-end and --alpha-window")
+    if recipe["alpha_schedule"] != "constant" and recipe["alpha_start"] == recipe["alpha_end"]:
+        raise ValueError("alpha would not move: see --alpha-start and --alpha-end")
+    alpha_of(recipe, 0)                                 # raises if the schedule makes no sense
     sample_times(1, recipe["fm_ratio"], recipe["time_mean"], recipe["time_std"])
     return recipe, data.load(recipe["data"], seed=recipe["seed"], flip=recipe["flip"])
 
@@ -323,7 +324,7 @@ def compile_blocks(run):
         block.compile()
     numbers = random_numbers(run, 0)
     try:
-        for alpha in (1.0, 0.5, 0.5, 0.0):
+        for alpha in (1.0, 0.5, 0.0):
             backward(run, micro_batches(run, 0), numbers, alpha)
             # Two times can be equal by chance: here it is so in one row of each micro-batch.
             numbers["r"][-run.parts:] = numbers["t"][-run.parts:]
@@ -376,8 +377,8 @@ def train(run):
         stats = backward(run, loader, random_numbers(run, step), alpha)     # targets, loss, gradients
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not math.isfinite(norm + stats["loss"]):     # here the host waits for the device
-            raise ValueError(f"loss or gradient of step {step} is not finite (alpha {alpha:g}): the last "
-                             "checkpoint stays, go on from it with --resume and a smaller --lr")
+            raise ValueError(f"loss or gradient of step {step} is not finite (alpha {alpha:g}): try a "
+                             "smaller --lr, with --resume from the last checkpoint, if there is one")
         if norm > recipe["grad_clip"]:
             torch.nn.utils.clip_grads_with_norm_(parameters, recipe["grad_clip"], norm)
         run.optimizer.param_groups[0]["lr"] = lr        # warm-up and decay
@@ -482,7 +483,7 @@ def report(run, step, alpha):
 
     if run.rank == 0 and due(args.conflict_every):
         log(run, step, conflict(run, alpha))
-    if run.rank == 0 and due(args.preview_every or max(1, steps // 10)):
+    if run.rank == 0 and due(max(1, steps // 10) if args.preview_every is None else args.preview_every):
         try:
             curve(run)
             if run.cuda or not run.latents:     # to decode a latent takes a CPU seconds
