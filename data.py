@@ -450,7 +450,8 @@ def statistics(shards):
     n, total = 0, 0.0                                   # total: of a sample and of its square
     for moments, labels in zip(shards.parts("images"), shards.parts("labels")):
         mean, logvar = np.split(moments[labels >= 0].astype(np.float64), 2, axis=1)
-        n, total = n + len(mean), total + np.stack([mean.sum(0), (mean**2 + np.exp(logvar)).sum(0)])
+        n += len(mean)
+        total += np.stack([mean.sum(0), (mean**2 + np.exp(logvar)).sum(0)])
     mean, square = total / n                                                      # each (4, h, w)
     return np.stack([mean, square - mean**2])
 

@@ -98,9 +98,9 @@ def guided_velocity(net, z, t, v, y, omega, kappa, t_min, t_max, null, r=None, u
     both = torch.cat([unknown, guided])                 # one call of the network for both branches
     labels = torch.cat([y[unknown], torch.full_like(guided, null)])
     out = net(z[both], t[both], t[both], labels).to(v.dtype)
-
-    u_y = (v if u is None else u.detach().to(v.dtype)).index_copy(0, unknown, out[:len(unknown)])[guided]
-    u_null = out[len(unknown):]
+    u_y, u_null = out[:len(unknown)], out[len(unknown):]
+    if u is not None:
+        u_y = u.detach().to(v.dtype).index_copy(0, unknown, u_y)[guided]
     return v.index_copy(0, guided, omega * v[guided] + kappa * u_y + (1 - omega - kappa) * u_null)
 
 

@@ -199,7 +199,8 @@ def contact_sheet(pictures, columns, captions=()):
     pixels = pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()           # (N, H, W, 3)
     N, H, W, _ = pixels.shape
     scale, gap = max(1, round(56 / max(H, W))), 2       # a pixel becomes scale x scale pixels, never blurred
-    wide, high, left = W * scale + gap, H * scale + gap, gap + 7 * max(map(len, captions), default=0)
+    wide, high = W * scale + gap, H * scale + gap
+    left = gap + 7 * max(map(len, captions), default=0)         # a letter is 6 pixels wide
     sheet = Image.new("RGB", (left + columns * wide, gap + math.ceil(N / columns) * high), "white")
     for k, picture in enumerate(pixels):
         cell = Image.fromarray(picture).resize((W * scale, H * scale), Image.Resampling.NEAREST)

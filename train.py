@@ -341,7 +341,8 @@ def micro_batches(run, start):
     for step in range(start, run.recipe["steps"]):
         for first in range(run.rank, run.parts, run.world):
             x, y = run.dataset.batch(step, first, run.parts, run.recipe["batch"])
-            yield slice(first, None, run.parts), x.pin_memory() if run.cuda else x, y
+            x = x.pin_memory() if run.cuda else x
+            yield slice(first, None, run.parts), x, y
 
 
 def backward(run, loader, numbers, alpha):
@@ -393,7 +394,8 @@ def train(run):
         asked = run.world == 1 or step % 10 == 0
         stopping = done == steps or asked and any(fid.of_all(torch.tensor(len(stop))))
         if step % args.log_every == 0 or stopping:
-            means = torch.stack(fid.of_all(torch.stack(list(stats.values())))).mean(0)      # over processes
+            mine = torch.stack(list(stats.values()))
+            means = torch.stack(fid.of_all(mine)).mean(0)       # over processes
             row = dict(zip(stats, means.tolist()), alpha=alpha, lr=lr, grad_norm=norm.item())
             row = log(run, step, row | speed(run, alpha, seconds))
             bar.set_postfix(alpha=alpha, err=row["err"])
