@@ -77,7 +77,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():    # not where du/dt is taken
             return super().forward(x)
         x, tangent = unpack_dual(x)                       # x and ẋ, which is None outside torch.func.jvp
         assert unpack_dual(self.weight).tangent is None, "a derivative by the weights needs gradients enabled"

@@ -228,7 +228,7 @@ def random_numbers(run, step):
     Each process draws it all and keeps its own rows, so the numbers do not depend on how many there are.
     """
     recipe, B = run.recipe, run.recipe["batch"]
-    key = 0, recipe["seed"], step                       # longer than sample.py's keys: other numbers
+    key = 0, recipe["seed"], step       # and a stream: four integers, sample.py's keys have two or three
 
     def normal(stream):
         generator = data.generator(*key, stream, device=run.device)
@@ -247,7 +247,7 @@ def assemble(args):
     rank, world, device = data.place(args.device)
     say = tqdm.write if rank == 0 else lambda *_: None          # like print, beside a progress bar
     cuda, parts = device.type == "cuda", world * args.accumulate
-    own = PAPER | RECIPES.get(args.model or "Na/2", {})
+    own = PAPER | RECIPES.get(args.model or "Na/2", {})         # for the folder's name alone, see resolve
     out = Path(args.out or f"out/{Path(args.data or own['data']).name}")
     path, ckpt = out / "ckpt.pt", None
     if path.exists():
