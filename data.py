@@ -42,7 +42,6 @@ from model import fill, read_tensors
 
 # ---- what all scripts share ------------------------------------------------------------------------
 
-
 class Parser(argparse.ArgumentParser):
     """argparse that answers a mistake with one line and guesses no abbreviations."""
 
@@ -182,7 +181,6 @@ class Shards:
 
 
 # ---- a data set ------------------------------------------------------------------------------------
-
 
 class Dataset:
     """Labelled pictures, and which of them belong to which step.
@@ -606,7 +604,6 @@ def encode(vae, u, device):
 
 
 # ---- command line ----------------------------------------------------------------------------------
-
 
 def main():
     parser = Parser(description="Prepare a data set once; train.py --data reads it from then on.")

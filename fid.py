@@ -37,7 +37,6 @@ from model import fill, read_checkpoint, read_tensors
 
 # ---- distances between two sets of rows ------------------------------------------------------------
 
-
 def frechet_distance(mu1, cov1, mu2, cov2):
     """The d² above, a float >= 0 in the features' unit squared (Heusel et al. 2017, eq. 6).
 
@@ -90,7 +89,6 @@ def precision_recall(real, made, k=3):
 
 
 # ---- statistics, batch by batch --------------------------------------------------------------------
-
 
 def of_all(tensor):
     """The tensors that the processes hold here, in their order, on the device of this one's."""
@@ -174,7 +172,6 @@ def split_numbers(n):
 
 
 # ---- Inception-v3 ----------------------------------------------------------------------------------
-
 
 def conv(a, b, kernel=1, stride=None):
     """Convolution, BatchNorm, ReLU. Without a stride the picture keeps its size."""
@@ -274,7 +271,6 @@ class Inception(nn.Module):
 
 
 # ---- DINOv2 and CLIP, and any network from published weights ---------------------------------------
-
 
 class ViT(nn.Module):
     """DINOv2 (Oquab et al. 2023), or with `out` the image half of CLIP (Radford et al. 2021).
@@ -378,7 +374,6 @@ def build_network(kind, state, heads=None, dtype=torch.float32):
 
 # ---- from uint8 pictures to features ---------------------------------------------------------------
 
-
 def prepare_inception(u, dtype=torch.float32):
     """The FID's original way: uint8 (n, 3, H, W) -> (n, 3, 299, 299) in [-1, 0.9922].
 
@@ -480,7 +475,6 @@ def extractors_for(names, shape, device, weights=None):
 
 # ---- pictures from anywhere ------------------------------------------------------------------------
 
-
 class Pictures:
     """`count` pictures that are read piece by piece: read([3, 5]) -> uint8 (2, C, H, W), on the CPU."""
 
@@ -556,7 +550,6 @@ def open_pictures(name, size=None):
 
 # ---- measuring -------------------------------------------------------------------------------------
 
-
 @dataclass
 class Measured:
     """What is known of a set of pictures through one Extractor."""
@@ -624,7 +617,6 @@ def read_stats(path):
 
 
 # ---- command line ----------------------------------------------------------------------------------
-
 
 def open_ref(ref, size=None, rows=False):
     """(real Pictures or None, Measured or None), by their name; `rows` takes pictures of files with both."""

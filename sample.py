@@ -25,7 +25,6 @@ from model import DiT, DiTConfig, fill, read_checkpoint
 
 # ---- grids of times, and the two samplers of α-Flow §6 ---------------------------------------------
 
-
 def uniform_grid(nfe):
     """[1.0, ..., 0.0], the times of `nfe` equal jumps: one network evaluation each."""
     if nfe < 1:
@@ -101,7 +100,6 @@ def consistency(net, z, y, grid, noise=None, generator=None, callback=None):
 
 
 # ---- a network, what makes pictures of its samples, and which picture is which ---------------------
-
 
 def load(path, weights="ema", device="cpu"):
     """(net, decode) from a checkpoint of train.py or a released file: a frozen DiT and its `decoder`.
@@ -193,7 +191,6 @@ def draw(net, labels, rows, grid, sampler="ode", seed=0, callback=None):
 
 # ---- pictures in files: to be looked at, or many ---------------------------------------------------
 
-
 def contact_sheet(pictures, columns, captions=()):
     """All pictures, uint8 (N, C, H, W), as one PIL image in rows of `columns`, with a short text a row."""
     pixels = pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()           # (N, H, W, 3)
@@ -258,7 +255,6 @@ def write_npz(path, pictures, labels, batch, about):
 
 
 # ---- command line ----------------------------------------------------------------------------------
-
 
 def drawing_flags(p):
     """The flags that say what is drawn from --ckpt, for fid.py as well."""

@@ -409,12 +409,13 @@ def test_a_tree_becomes_a_data_set_without_its_damaged_files(src, whole, tmp_pat
 def test_a_finished_set_is_reported_and_another_one_refused(src, vae, whole, monkeypatch, capsys):
     monkeypatch.setattr(data, "find_vae", None)         # nor is a VAE asked for
     out = whole["latents"]
+    (out / "unfinished-0").mkdir()                      # of a kill between the last file and the tidying up
     before = [(out / name).stat().st_mtime_ns for name in FILES]
     command(*arguments(src, out, vae))
     assert f"{out} is prepared: 41 pictures in 3 classes" in capsys.readouterr().out
     for args in (arguments(src, out), arguments(src / "c" / "deeper", out, vae), ["mnist", "--out", out]):
         refused("already holds another data set", command, *args)
-    assert before == [(out / name).stat().st_mtime_ns for name in FILES]
+    assert before == [(out / name).stat().st_mtime_ns for name in FILES] and len(os.listdir(out)) == 3
 
 
 DRIVER = f"""
@@ -448,7 +449,7 @@ def drive(folder, args, kill="", world=1):
 def test_killed_and_continued_makes_the_same_bytes(src, whole, tmp_path, monkeypatch, point, left):
     out, looked, picture = tmp_path / "out", [], data.picture
     assert drive(tmp_path, arguments(src, out), point).returncode == -9
-    refused("not prepared", data.load, out)
+    refused(f"not prepared: type  python data.py folder --src {out} ", data.load, out)
     monkeypatch.setattr(data, "picture", lambda path, size: looked.append(path) or picture(path, size))
     command(*arguments(src, out))
     assert len(looked) == left                          # it went on, and did not begin again
