@@ -188,13 +188,14 @@ class Dataset:
     images: uint8 (M, C, H, W). labels: int64 (M,), -1 where a file could not be read; N are left. about:
     name, classes, their names, range (lo, hi) of the stored integers. ValueError if they do not agree.
     """
+    dtype = np.uint8
 
     def __init__(self, images, labels, about, seed=0, flip=False):
         self.images, self.about, self.seed, self.flip = images, about, seed, flip
         self.good = np.flatnonzero(labels >= 0)                                   # (N,)
         self.labels = labels[self.good]
         self.name, self.classes, self.shape = about["name"], about["classes"], images.shape[1:]
-        if len(images) != len(labels) or self.labels.max() >= self.classes:
+        if len(images) != len(labels) or images.dtype != self.dtype or self.labels.max() >= self.classes:
             raise ValueError("pictures, labels and meta.json do not fit together")
 
     def __len__(self):
@@ -246,11 +247,14 @@ class Latents(Dataset):
     images: their moments, float16 (M, 8, h, w), means and log-variances. about has also vae, which one,
     and stats, (2, 4, h, w), taken out of it: mean and variance over the set at each position.
     """
+    dtype = np.float16
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, images, *arguments):
+        super().__init__(images, *arguments)
         mean, var = torch.tensor(self.about.pop("stats"), dtype=torch.float64)    # each (4, h, w)
         self.mean, self.std, self.shape = mean.float(), var.sqrt().float(), tuple(mean.shape)
+        if images.shape[1:] != (8, *self.shape[1:]):
+            raise ValueError("moments and their statistics do not fit together")
 
     def read(self, rows):
         return torch.from_numpy(self.images[self.good[rows]])                     # (b, 8, h, w)

@@ -114,7 +114,7 @@ def load(path, weights="ema", device="cpu"):
         with torch.device("meta"):                      # no memory: every tensor comes from the file
             net = DiT(DiTConfig(**ckpt["config"]["model"]))
         return fill(net, state, f"a {net.config}"), decoder(ckpt.get("latents"), device, ckpt.get("vae"))
-    except Exception as error:                          # other content can raise nearly anything
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: weights and config do not fit together ({error})") from None
 
 

@@ -492,7 +492,8 @@ def test_sample_is_one_normalised_latent_of_each_distribution(whole):
 # ---- mistakes ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, name, spoil", [
-    ("pixels", "images.npy", lambda a: a[:-1]), ("latents", "labels.npy", lambda a: a[1:]),
+    ("pixels", "images.npy", lambda a: a[:-1]), ("pixels", "images.npy", lambda a: a.astype(np.float32)),
+    ("latents", "images.npy", lambda a: a[:, :4]), ("latents", "labels.npy", lambda a: a[1:]),
     ("pixels", "labels.npy", lambda a: a + 9), ("pixels", "labels.npy", lambda a: a * 0 - 1),
     ("pixels", "images.npy", None), ("pixels", "labels.npy", None), ("latents", "meta.json", None)])
 def test_a_damaged_data_set_is_refused_in_one_line(whole, tmp_path, kind, name, spoil):

@@ -105,14 +105,12 @@ def test_position_table():
 # ---- loss ------------------------------------------------------------------------------------------
 
 CASES = sorted({name.split("/")[0] for name in LOSS if "/" in name})
-ORDERS = pytest.mark.parametrize(
-    "order", [list(range(8)), [5, 0, 7, 2, 1, 6, 3, 4]], ids=["", "shuffled"])
+ORDERS = pytest.mark.parametrize("order", [list(range(8)), [5, 0, 7, 2, 1, 6, 3, 4]], ids=["", "shuffled"])
 
 
 def setting(case, order, dtype):
     """net, the batch x, e, t, r, y of a case, rows in this order, v = e - x, z, α and the guidance."""
-    x, e, t, r, y = (
-        a[order] for a in tensors(LOSS, (f"x_{batch(case)}", "noise", "t", "r", "y"), dtype))
+    x, e, t, r, y = (a[order] for a in tensors(LOSS, (f"x_{batch(case)}", "noise", "t", "r", "y"), dtype))
     alpha, omega, kappa, t_min, t_max = LOSS[f"{case}/settings"].tolist()
     z = (1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * e
     return golden_net(dtype), (x, e, t, r, y), e - x, z, alpha, (omega, kappa, t_min, t_max, NULL)

@@ -207,8 +207,7 @@ def test_a_tangent_of_the_weights_is_refused_where_the_rule_would_drop_it():
         with torch.no_grad(), pytest.raises(AssertionError, match="needs gradients"):
             torch.func.jvp(u, (weights,), (tangents,))
         derivative = torch.func.jvp(u, (weights,), (tangents,))[1]      # and right with gradients
-    ahead, behind = (u({name: w + h * tangents[name] for name, w in weights.items()})
-                     for h in (1e-6, -1e-6))
+    ahead, behind = (u({name: w + h * tangents[name] for name, w in weights.items()}) for h in (1e-6, -1e-6))
     close(derivative, (ahead - behind) / 2e-6, 1e-6 * derivative.abs().max().item())
 
 

@@ -590,12 +590,12 @@ def test_own_pictures_from_a_folder_to_samples(tmp_path):
 
 WRONG = """         values that make no sense, and flags that would do nothing
 --model meanflow-B/2 --data digits --alpha-schedule sigmoid | --alpha 0.5 --alpha-schedule sigmoid | --steps 0
---eval-every 1 --eval-samples 1 | --resume --out run --model Ti/2 | --alpha 0.5 --alpha-window 0,1 | --beta2 1
+--eval-every 1 --eval-samples 1 --steps 2 | --resume --out run --model Ti/2 | --alpha 0.5 --alpha-window 0,1
 --alpha 0.5 --alpha-start 0.7 | --alpha-schedule exponential | --batch 100 --accumulate 3 | --alpha-window 0.5
 --model Ti/3 --data digits | --model Q/2 --data digits | --alpha-schedule sigmod | --alpha-window 0.9,0.1
 --model meanflow-B/4 | --lr-decay cosine | --out cut.pt/below | --init-from cut.pt | --precision fp16
 --device toaster | --accumulate -1 | --accumulate 0 | --data nowhere | --fm-ratio 1.5 | --log-every 0 | digits
---resume --out run --alpha-end 1 --alpha-start 1
+--resume --out run --alpha-end 1 --alpha-start 1 | --beta2 1
 --time-std 0 | --alpha nan | --batch -4 | --seed -1 | --alpha 2 | --out run | --lr nan | --steps
 """
 
@@ -608,6 +608,7 @@ def test_what_is_wrong_or_would_do_nothing_is_refused_in_one_line(short, tmp_pat
     more = [] if "--resume" in flags else ["--device", "cpu", "--batch", 8, "--steps", 1]
     call(tmp_path, "train.py", *more, *flags.split()).one_line("train.py")
     assert before.items() <= contents(tmp_path).items() and not list(tmp_path.rglob("*.pt.*"))
+    assert "--eval" not in flags or read_checkpoint(tmp_path / "out" / "digits" / "ckpt.pt")["step"] == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
