@@ -265,7 +265,7 @@ def assemble(args):
     model = build(network_name(recipe["model"]), size, channels, dataset.classes)
     if args.init_from and not ckpt:
         init_from(model, args.init_from, say)
-    model.to(device)
+    model.to(device)                                    # drawn on the CPU: a GPU makes other numbers
     model.recompute = args.recompute
     ema = copy.deepcopy(model).requires_grad_(False)    # the averaged weights
     optimizer = torch.optim.Adam(model.parameters(), betas=(recipe["beta1"], recipe["beta2"]), fused=True)
@@ -458,7 +458,7 @@ def speed(run, alpha, seconds):
         for name, peak in PEAK_TFLOPS.items():
             if name in torch.cuda.get_device_name():
                 flops = images_per_s * forwards_of_step(run.recipe, alpha) * run.flops
-                found["mfu"] = flops / (peak * 1e12 * run.world)
+                found["mfu"] = flops / (peak * 1e12 * run.world)       # 1 would be nothing but products
     return found
 
 
@@ -539,8 +539,9 @@ def curve(run, width=1600, height=300):
 def conflict(run, alpha):
     """The paper's measurement at α = 0 and at the current α, on a fixed micro-batch and the raw weights."""
     recipe, numbers = run.recipe, random_numbers(run, 0)
-    rows, x, y = next(micro_batches(run, 0))
+    rows, x, y = next(micro_batches(run, 0))            # (b, C, H, W) and (b,), or moments (b, 2C, H, W)
     x = run.dataset.sample(x.to(run.device), numbers["posterior"][rows])
+    # All rows jump: at r = t there is no conflict.
     t, r = sample_times(len(x), 0.0, recipe["time_mean"], recipe["time_std"], data.generator(0))
     options = {name: run.objective[name] for name in ("omega", "kappa", "t_min", "t_max", "null")}
     options |= {"e": numbers["e"][rows], "t": t, "r": r}
