@@ -273,6 +273,8 @@ def assemble(args):
         was = ckpt["config"]["recipe"]["model"], ckpt["config"]["model"]
         if was != (recipe["model"], vars(model.config)):
             raise ValueError(f"{path} is no run of {recipe['model']} on {recipe['data']}: see --init-from")
+        if ckpt["step"] > recipe["steps"]:
+            raise ValueError(f"that run has done {ckpt['step']} steps: give more --steps")
         model.load_state_dict(ckpt["net"])
         ema.load_state_dict(ckpt["ema"])
         state = ckpt["optimizer"]["state"]              # Adam's settings are those of this run and its device
@@ -581,7 +583,8 @@ def main():
     run.flops = flops_of_forward(model)
     run.say(f"{recipe['model']}, {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{run.flops / 1e9:.3g} GFLOPs a forward; {len(dataset):,} of {dataset.name}, {dataset.shape}; "
-            f"{run.world} x {run.device}, {run.precision} products; steps {run.start} to {recipe['steps']}")
+            f"{run.world} x {run.device.type}, {run.precision} products; "
+            f"steps {run.start} to {recipe['steps']}")
     # The half-life that is reached: in a short run the ramp ends below it.
     reached = min(recipe["ema_half_life"], round(recipe["ema_ramp"] * recipe["steps"], 3))
     shown = recipe | {"ema_half_life": reached}

@@ -183,7 +183,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(full, tmp_pat
     process.send_signal(signal.SIGTERM)
     said = finish(process).ok().out.splitlines()[-1]
     done = read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"]
-    assert 3 <= done < 24 and f"stopped after step {done}" in said and "--resume" in said
+    assert 3 <= done < 24 and f"stopped after step {done}" in said and "with --resume" in said
     with open(tmp_path / "run" / "log.jsonl", "a") as file:     # what a later kill would leave behind
         file.write(f'{{"step": {done}, "loss": 1.0}}\n{{"step": {done + 1}, "lo')
     call(tmp_path, "train.py", "--resume", "--out", "run", "--device", "cpu", *REPORTS).ok()
@@ -234,7 +234,8 @@ def test_when_to_start_and_when_to_go_on(short, tmp_path):
     assert_same_run(tmp_path / "run", short)
     before = contents(tmp_path)
     for flags, words in [([*SHORT, *out], "already holds a run"),
-                         (["--resume", *out, "--model", "Ti/2"], "no run of Ti/2")]:
+                         (["--resume", *out, "--model", "Ti/2"], "no run of Ti/2"),
+                         (["--resume", *out, "--steps", 5], "more --steps")]:
         call(tmp_path, "train.py", *flags).one_line("train.py", words)
     assert contents(tmp_path) == before
     again = call(tmp_path, "train.py", "--resume", *out)                # no error: a scheduler may do it
@@ -470,11 +471,12 @@ def test_the_averaged_weights(full, tmp_path):
     assert train.ema_decay(paper, 1000) ** 50 == pytest.approx(0.5) == train.ema_decay(paper, 400_000) ** 6931
     recipe = json.loads((full / "one" / "recipe.json").read_text())
     printed = float(re.search(r"ema_half_life\s(\S+),", (full / "one.txt").read_text())[1])
-    assert recipe["ema_half_life"] == 6931              # printed is what acts at the end
-    assert train.ema_decay(recipe, 24) ** printed == pytest.approx(0.5)
+    assert recipe["ema_half_life"] == 6931 and printed == pytest.approx(24 * 0.05)
+    assert train.ema_decay(recipe, 24) ** printed == pytest.approx(0.5)         # it is what acts at the end
     flags, ckpts = ["--alpha", 0.5, "--lr-decay", "constant", "--ema-half-life", 1, "--ema-ramp", 99], []
     for steps in (1, 2):
-        call(tmp_path, "train.py", *SHORT, *flags, "--steps", steps, "--out", steps).ok()
+        run = call(tmp_path, "train.py", *SHORT, *flags, "--steps", steps, "--out", steps)
+        assert re.search(r"ema_half_life\s1.0,", run.ok().out)
         ckpts.append(read_checkpoint(tmp_path / str(steps) / "ckpt.pt"))
     for name, w in ckpts[1]["ema"].items():                             # after two steps: the mean of both
         torch.testing.assert_close(w, (ckpts[0]["net"][name] + ckpts[1]["net"][name]) / 2)
@@ -563,8 +565,7 @@ def test_own_pictures_from_a_folder_to_samples(tmp_path):
     call(tmp_path, "data.py", "folder", "--src", "src", "--size", 8, "--out", "data/mine").ok()
     flags = ["--batch", 2, "--steps", 2, "--device", "cpu", "--log-every", 1, "--preview-every", 2]
     said = call(tmp_path, "train.py", "--data", "mine", *flags).ok().out
-    assert said.startswith("Na/2, ") and "6 of mine, (3, 8, 8)" in said
-    assert names(tmp_path / "out" / "mine") == {
+    assert said.startswith("Na/2, ") and "6 of mine, (3, 8, 8)" in said and names(tmp_path / "out/mine") == {
         "ckpt.pt", "log.jsonl", "recipe.json", "curve.png", "samples_0000002.png", "trajectory.gif"}
 
     with np.load(ROOT / "tests" / "golden" / "vae.npz") as file:
