@@ -65,6 +65,8 @@ def run(main):
             time.sleep(5)           # what is wrong for all, the first one says, and its end ends the others
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def place(device=None):
@@ -341,9 +343,13 @@ def mnist(out, source=None):
     """MNIST's 60,000 training digits (LeCun et al., CC BY-SA 3.0), padded from 28x28 to 32x32."""
     arrays = []
     for name, (md5, md5_inside) in MNIST.items():
-        path = source / name if source else fetch(name, md5, [url + name for url in LECUN], cache_folder())
+        if source:                                      # plain, or as an archive
+            plain = source / Path(name).stem
+            path = plain if plain.is_file() else source / name
+        else:
+            path = fetch(name, md5, [url + name for url in LECUN], cache_folder())
         raw = path.read_bytes()
-        with contextlib.suppress(Exception):            # a damaged archive stays as it is
+        with contextlib.suppress(Exception):            # plain bytes and damaged archives stay as they are
             raw = gzip.decompress(raw)
         if hashlib.md5(raw).hexdigest() != md5_inside:
             raise ValueError(f"{path} is not the published file (its md5 differs): get it again")

@@ -1,7 +1,4 @@
-"""data.py with real files, a real web server on this computer and real processes that are really killed.
-
-    python -m pytest -q tests/test_data.py      # batches, files, downloads, pictures, preparing, mistakes
-"""
+"""data.py with real files, a real web server on this computer and real processes that are really killed."""
 import contextlib
 import gzip
 import hashlib
@@ -240,20 +237,21 @@ def mnist(server, monkeypatch):
     raw = {"train-images-idx3-ubyte": np.array([2051, 5, 28, 28], ">i4").tobytes() + pixels.tobytes(),
            "train-labels-idx1-ubyte": np.array([2049, 5], ">i4").tobytes() + bytes([3, 1, 4, 1, 5])}
     packed = {f"{name}.gz": gzip.compress(body, mtime=0) for name, body in raw.items()}
-    inside = {name: md5(gzip.decompress(body)) for name, body in packed.items()}
-    monkeypatch.setattr(data, "MNIST", {name: (md5(packed[name]), inside[name]) for name in packed})
+    monkeypatch.setattr(data, "MNIST", {f"{k}.gz": (md5(packed[f"{k}.gz"]), md5(raw[k])) for k in raw})
     monkeypatch.setattr(data, "LECUN", (server.url + "/bad/", server.url + "/good/"))
     for name, body in packed.items():
         server.files |= {f"/bad/{name}": b"<html>", f"/good/{name}": body}
     return pixels, packed
 
 
-@pytest.mark.parametrize("downloaded", [True, False])
-def test_mnist(mnist, server, tmp_path, capsys, downloaded):
+@pytest.mark.parametrize("kind", ["downloaded", "published", "unpacked", "repacked"])
+def test_mnist(mnist, server, tmp_path, capsys, kind):
     pixels, packed = mnist
-    out, source = tmp_path / "out", [] if downloaded else ["--from", tmp_path]
-    for name, body in () if downloaded else packed.items():         # somebody else's archives
-        (tmp_path / name).write_bytes(gzip.compress(gzip.decompress(body), 1, mtime=77))
+    out, source = tmp_path / "out", ["--from", tmp_path] if kind != "downloaded" else []
+    for name, body in packed.items() if source else ():
+        raw = gzip.decompress(body)
+        anew = dict(published=body, unpacked=raw, repacked=gzip.compress(raw, 1, mtime=77))
+        (tmp_path / name.removesuffix(".gz" * (kind == "unpacked"))).write_bytes(anew[kind])
     command("mnist", "--out", out, *source)
     ds = data.load(out)
     assert ds.shape == (1, 32, 32) and ds.classes == 10 and ds.labels.tolist() == [3, 1, 4, 1, 5]
@@ -533,9 +531,10 @@ def test_a_wrong_command_line_gets_one_line_and_status_2(vae, tmp_path, monkeypa
     assert len(lines) == 1 and lines[0].startswith("data.py: error: ") and words in lines[0], err
 
 
-@pytest.mark.parametrize("error", [ValueError("first\nsecond"), FileNotFoundError(2, "first second", "a/b")])
+@pytest.mark.parametrize("error, status", [(ValueError("first\nsecond"), 2), (KeyboardInterrupt(), 130),
+                                           (FileNotFoundError(2, "first second", "a/b"), 2)])
 @pytest.mark.parametrize("rank", ["0", "1"])            # of processes that err alike one says it
-def test_run_says_what_a_user_can_mend_and_hides_no_mistake_of_ours(monkeypatch, capsys, error, rank):
+def test_run_says_what_a_user_can_mend_and_hides_no_mistake_of_ours(monkeypatch, capsys, error, status, rank):
     """A process that is not the first waits before it speaks: if all are wrong, the first one ends it."""
     waits = []
     monkeypatch.setattr(data.time, "sleep", waits.append)
@@ -543,8 +542,8 @@ def test_run_says_what_a_user_can_mend_and_hides_no_mistake_of_ours(monkeypatch,
     with pytest.raises(SystemExit) as stop:
         data.run(Mock(side_effect=error))
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and len(waits) == (rank == "1")
-    assert err.count("\n") == err.count("first second") == 1
+    assert stop.value.code == status and len(waits) == (status == 2 and rank == "1")
+    assert err.count("\n") == err.count("first second") == (status == 2)
     monkeypatch.setenv("DEBUG", "1")                    # shows where it comes from
     for error in (OSError, ZeroDivisionError):
         with pytest.raises(error):

@@ -1,7 +1,5 @@
 """train.py: resumed, killed and divided runs, objectives, recipes, reports; mistakes at any command line.
 
-    python -m pytest -q tests/test_train.py
-
 Runs that are killed, that get signals or that are several are real processes. The others call main() here,
 with a command line of their own, which saves two seconds each.
 """
